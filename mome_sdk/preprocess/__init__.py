@@ -1,0 +1,1 @@
+"""Source grid to model grid, and back."""

@@ -1,0 +1,49 @@
+"""Build the C++ core with CMake, and map export/, training/ and benchmarks/ into the package."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / "core"
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT / "csrc"),
+            "-B",
+            str(build),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            *os.environ.get("MOME_CMAKE_ARGS", "").split(),
+        ]
+        subprocess.run(configure, check=True)
+        jobs = str(os.cpu_count() or 1)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
+
+
+PACKAGE_DIR = {
+    "mome_sdk": "mome_sdk",
+    "mome_sdk.export": "export",
+    "mome_sdk.training": "training",
+    "mome_sdk.benchmarks": "benchmarks",
+}
+
+setup(
+    packages=[*PACKAGE_DIR, "mome_sdk.engines", "mome_sdk.preprocess"],
+    package_dir=PACKAGE_DIR,
+    ext_modules=[Extension("mome_sdk._core", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,1 @@
+"""Training of MoME in PyTorch: experts first, then all jointly under the curriculum loss."""
