@@ -20,7 +20,9 @@ def data_dir() -> Path:
     """Folder of real scans that MOME_TEST_DATA names."""
     folder = os.environ.get("MOME_TEST_DATA")
     if not folder:
-        pytest.skip("MOME_TEST_DATA is not set: it names the folder of real scans (ms_patient19, ...).")
+        pytest.skip(
+            "MOME_TEST_DATA is not set: it names the folder of real scans (ms_patient19, ...)."
+        )
     if not Path(folder, "prepared").is_dir():
         pytest.skip(f"MOME_TEST_DATA={folder} has no folder `prepared`.")
     return Path(folder).resolve()
