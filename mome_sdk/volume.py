@@ -1,4 +1,4 @@
-"""Grid and Volume: where voxels are, and what they hold. Array and affine always change together."""
+"""Grid and Volume: where voxels are, and what they hold; array and affine always go together."""
 
 from __future__ import annotations
 
@@ -76,12 +76,11 @@ class Grid:
 
     def to_mm(self, index: ArrayLike) -> NDArray[np.float64]:
         """RAS positions (..., 3) in mm of array indices (..., 3), which may be fractions."""
-        return np.asarray(index, np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+        return _transformed(self.affine, index)
 
     def to_index(self, mm: ArrayLike) -> NDArray[np.float64]:
         """Array indices (..., 3), as fractions, of RAS positions (..., 3) in mm."""
-        inverse = np.linalg.inv(self.affine)
-        return np.asarray(mm, np.float64) @ inverse[:3, :3].T + inverse[:3, 3]
+        return _transformed(np.linalg.inv(self.affine), mm)
 
     def matches(self, other: Grid, *, tolerance: float = 1e-6) -> bool:
         """Whether both grids have the same shape and, within `tolerance`, the same affine."""
@@ -91,7 +90,7 @@ class Grid:
     def crop(self, start: Index3, shape: Index3) -> Grid:
         """The grid of a box of `shape` voxels whose first voxel is `start`; see Volume.crop."""
         fits = all(
-            0 <= first and length >= 1 and first + length <= whole
+            first >= 0 and length >= 1 and first + length <= whole
             for first, length, whole in zip(start, shape, self.shape, strict=True)
         )
         if not fits:
@@ -127,7 +126,7 @@ class Grid:
 
     def _affine_from(self, first: Index3) -> NDArray[np.float64]:
         """The affine of a grid whose index (0, 0, 0) is this grid's index `first`."""
-        affine = self.affine.copy()
+        affine: NDArray[np.float64] = self.affine.copy()
         affine[:3, 3] = self.to_mm(first)
         return affine
 
@@ -181,7 +180,8 @@ class Volume:
             )
         if array.dtype != np.uint8:
             dtype = np.uint8 if array.dtype == np.bool_ else np.float32
-            array = array.astype(dtype, copy=False)
+            with np.errstate(over="ignore"):  # beyond float32: infinite, refused where it is used
+                array = array.astype(dtype, copy=False)
         view = array.view()
         view.flags.writeable = False
         object.__setattr__(self, "array", view)
@@ -293,6 +293,12 @@ def _checked_affine(affine: ArrayLike) -> NDArray[np.float64]:
         )
     matrix.flags.writeable = False
     return matrix
+
+
+def _transformed(matrix: NDArray[np.float64], points: ArrayLike) -> NDArray[np.float64]:
+    """The points (..., 3) after the 4x4 affine map `matrix`."""
+    moved: NDArray[np.float64] = np.asarray(points, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
+    return moved
 
 
 def _closest_directions(affine: NDArray[np.float64]) -> tuple[tuple[int, int], ...]:
