@@ -295,7 +295,7 @@ def _checked_affine(affine: ArrayLike) -> NDArray[np.float64]:
     return matrix
 
 
-def _transformed(matrix: NDArray[np.float64], points: ArrayLike) -> NDArray[np.float64]:
+def _transformed(matrix: NDArray[np.floating[Any]], points: ArrayLike) -> NDArray[np.float64]:
     """The points (..., 3) after the 4x4 affine map `matrix`."""
     moved: NDArray[np.float64] = np.asarray(points, np.float64) @ matrix[:3, :3].T + matrix[:3, 3]
     return moved
