@@ -7,7 +7,7 @@ import itertools
 import math
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +28,11 @@ NOTICE = "Research use only, not a medical device"
 _MOST_VOXELS = 2**29
 # Deflate cannot do better than 1,032 to 1 (zlib manual, "Maximum compression factor").
 _MOST_COMPRESSION = 1032
-_HEADER_BYTES = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-_MAGIC = {nib.Nifti1Header: b"n+1", nib.Nifti2Header: b"n+2"}
+# Length of the header, its first four bytes -> the magic of a single file, the reader.
+_KINDS: dict[int, tuple[bytes, Callable[..., nib.Nifti1Header]]] = {
+    348: (b"n+1", nib.Nifti1Header),
+    540: (b"n+2", nib.Nifti2Header),
+}
 # Two forms with one of these codes (scanner, Talairach, MNI) claim the same space and must agree;
 # "aligned" (2) may be aligned to two different things.
 _ONE_SPACE_CODES = (1, 3, 4)
@@ -84,8 +87,7 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
     try:
         header = _raw_header(path)
         _check_size(path, header)
-        kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-        return kind(ArrayProxy(path, header, mmap=False), None, header)
+        return _image(ArrayProxy(path, header, mmap=False), header)
     except FileNotFoundError as error:
         raise InputError(
             "volume.missing", f"There is no file {str(path)!r}.", hint="Check its name."
@@ -108,7 +110,6 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
             f"The header of {path.name!r} is no NIfTI header: {error}.",
             hint="Convert the scan again.",
         ) from error
-    return image
 
 
 def volume_of(image: nib.Nifti1Image) -> Volume:
@@ -159,8 +160,7 @@ def write_nifti(
         )
     header = _header_for(volume, source)
     header["descrip"] = description.encode("utf-8")[:79]
-    kind = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    data: bytes = kind(volume.array, None, header).to_bytes()
+    data: bytes = _image(volume.array, header).to_bytes()
     if path.name.endswith(".gz"):
         data = gzip.compress(data, compresslevel=6, mtime=0)
     write_file(path, data)
@@ -177,10 +177,10 @@ def _raw_header(path: Path) -> nib.Nifti1Header:
     opener = gzip.open if path.name.endswith(".gz") else open
     with opener(path, "rb") as stream:
         block = stream.read(540)
-    for endianness, (size, kind) in itertools.product("<>", _HEADER_BYTES.items()):
+    for endianness, (size, (magic, kind)) in itertools.product("<>", _KINDS.items()):
         if len(block) >= size and block[:4] == struct.pack(f"{endianness}i", size):
-            header: nib.Nifti1Header = kind(block[:size], endianness=endianness, check=False)
-            if bytes(header["magic"].item())[:3] == _MAGIC[kind]:
+            header = kind(block[:size], endianness=endianness, check=False)
+            if bytes(header["magic"].item())[:3] == magic:
                 return header
     raise InputError(
         "volume.format",
@@ -347,6 +347,14 @@ def _header_for(volume: Volume, source: Source | None) -> nib.Nifti1Header:
     for field in _PLACE_FIELDS:
         header[field] = like[field]
     return header
+
+
+def _image(voxels: object, header: nib.Nifti1Header) -> nib.Nifti1Image:
+    """Header and voxels as they are: without an affine nibabel leaves the header's place alone."""
+    kind: Callable[..., nib.Nifti1Image] = nib.Nifti1Image
+    if isinstance(header, nib.Nifti2Header):
+        kind = nib.Nifti2Image
+    return kind(voxels, None, header)
 
 
 def _same_file(first: Path, second: Path) -> bool:
