@@ -98,26 +98,21 @@ class Segmentation:
         """
         components, count = _core.connected_components(np.ascontiguousarray(self.mask))
         inside = np.nonzero(components)
-        component = components[inside]
-        voxels = np.bincount(component, minlength=count + 1)[1:]
-        sums = [np.bincount(component, axis, minlength=count + 1)[1:] for axis in inside]
-        label = np.zeros(count + 1, np.uint8)
+        component = components[inside] - 1  # the core numbers them from 1, the largest first
+        voxels = np.bincount(component, minlength=count)
+        label = np.zeros(count, np.uint8)
         label[component] = self.mask[inside]
-        centroids = self.grid.to_mm(np.stack(sums, axis=1) / voxels[:, np.newaxis])
-        voxel_ml = self.grid.voxel_ml
+        sums = np.stack([np.bincount(component, axis, minlength=count) for axis in inside], axis=1)
+        centroids = self.grid.to_mm(sums / voxels[:, np.newaxis])
         return tuple(
             Lesion(
-                index=rank,
-                label=int(label[found + 1]),
-                voxels=int(voxels[found]),
-                volume_ml=float(voxels[found] * voxel_ml),
-                centroid_mm=(
-                    float(centroids[found, 0]),
-                    float(centroids[found, 1]),
-                    float(centroids[found, 2]),
-                ),
+                index=index + 1,
+                label=int(label[index]),
+                voxels=int(voxels[index]),
+                volume_ml=float(voxels[index] * self.grid.voxel_ml),
+                centroid_mm=(float(r), float(a), float(s)),
             )
-            for rank, found in enumerate(np.argsort(-voxels, kind="stable"), start=1)
+            for index, (r, a, s) in enumerate(centroids)
         )
 
     def save(self, path: str | Path) -> None:
