@@ -1,0 +1,61 @@
+# Two commands: `make demo`, `make test`. They need Python 3.10+ (venv, headers), a C++20 compiler,
+# git and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+PYTEST := $(BIN)/pytest
+
+.PHONY: demo test slow bench lint sanitize size fresh clean
+
+demo: $(VENV)/default
+	$(BIN)/mome demo -o demo-out
+
+test: $(VENV)/test
+	$(PYTEST) -m "not slow and not gpu"
+
+slow: $(VENV)/test
+	$(PYTEST) -m "slow and not gpu"
+
+# Timings, each beside its parity figure; the table is printed last.
+bench: $(VENV)/bench
+	mkdir -p build
+	$(PYTEST) benchmarks --benchmark-json=build/benchmarks.json
+	$(BIN)/python -m mome_sdk.benchmarks.report build/benchmarks.json
+
+# mypy knows nothing of the folder map in setup.py: it reads the package as it will be installed.
+lint: $(VENV)/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf build/typed && mkdir -p build/typed/mome_sdk
+	ln -s $(CURDIR)/mome_sdk/* $(CURDIR)/export $(CURDIR)/training $(CURDIR)/benchmarks build/typed/mome_sdk
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p mome_sdk
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp)
+
+# Installs an sdist with the default dependencies in a new environment and prints its size.
+size: $(VENV)/test
+	$(PYTEST) -q -rP -k size tests/test_install.py
+
+# `make demo` and `make test` in a bare Debian 12; as root, with debootstrap.
+fresh:
+	tests/fresh.sh
+
+clean:
+	rm -rf $(VENV) build dist demo-out *.egg-info mome_sdk/_core*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/default: $(BIN)/python $(CORE)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# The published U-Net, which network.py is checked against, asks for libraries that it does not use here.
+$(VENV)/test: $(VENV)/default
+	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet --no-deps dynamic-network-architectures==0.4.4
+	touch $@
+
+$(VENV)/bench: $(VENV)/default
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	touch $@

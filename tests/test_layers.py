@@ -1,0 +1,162 @@
+"""Who may import whom, read from the source; what `import mome_sdk` offers and what it leaves alone."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+from typing import NamedTuple
+
+import mome_sdk
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {
+    "mome_sdk": ROOT / "mome_sdk",
+    "mome_sdk.export": ROOT / "export",
+    "mome_sdk.training": ROOT / "training",
+    "mome_sdk.benchmarks": ROOT / "benchmarks",
+}
+
+# Each module may import the layers above its own, and within data, whole and service the names before it.
+DATA = ("errors", "files", "architecture", "volume", "nifti", "segmentation", "bundle", "network")
+PARTS = ("engines", "preprocess", "dicom")
+WHOLE = ("sliding_window", "segmenter")
+SERVICE = ("report", "batch", "pacs", "cli")
+OUTSIDE = ("export", "training", "benchmarks")
+ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
+
+# Libraries beside the standard one. Whoever is not named here needs none but NumPy.
+LIBRARIES = {
+    "volume": {"nibabel"},
+    "nifti": {"nibabel"},
+    "segmentation": {"nibabel"},
+    "segmenter": {"nibabel"},
+    "bundle": {"safetensors"},
+    "network": {"torch"},
+    "engines.torch": {"torch"},
+    "engines.onnxruntime": {"onnxruntime"},
+    "engines.openvino": {"openvino"},
+    "report": {"PIL"},
+    "cli": {"PIL"},
+}
+
+PUBLIC = {
+    *("Grid", "Volume", "ModelBundle", "open_engine", "SlidingWindow", "Segmenter", "Segmentation"),
+    *("CaseResult", "Lesion", "MomeError", "read_nifti", "write_nifti"),
+}
+NOT_YET = {"CaseResult"}  # arrives with batches
+HEAVY = ("torch", "openvino", "onnx", "pydicom", "ray", "scipy")
+
+
+class Import(NamedTuple):
+    """One imported name: `target` is absolute, `deferred` if the statement stands in a function."""
+
+    target: str
+    deferred: bool
+
+
+def source_files() -> dict[str, Path]:
+    """Module name as installed -> file."""
+    modules = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            modules[".".join((package, *parts)).removesuffix(".__init__")] = path
+    return modules
+
+
+def imports_of(module: str, path: Path) -> Iterator[Import]:
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    in_function = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        deferred = node in in_function
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, deferred) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                yield Import(full if full in MODULES or full == CORE else base, deferred)
+
+
+CORE = "mome_sdk._core"
+MODULES = source_files()
+IMPORTS = [(name, found) for name, path in MODULES.items() for found in imports_of(name, path)]
+OWN = [(name, found) for name, found in IMPORTS if found.target.partition(".")[0] == "mome_sdk"]
+
+
+def place(module: str) -> str:
+    """The module's name in the table: `mome_sdk.engines.torch` -> `engines`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_module_has_its_place_in_the_table() -> None:
+    known = {*ORDER, *OUTSIDE, ""}
+    assert {name for name in MODULES if place(name) not in known} == set()
+
+
+@pytest.mark.parametrize(("module", "found"), OWN)
+def test_imports_point_up_the_table(module: str, found: Import) -> None:
+    source, target = place(module), place(found.target)
+    if source in ("", target):  # the package itself gathers the public names
+        return
+    assert target != "", "an inner module imports mome_sdk as a whole"
+    if source == "benchmarks":
+        assert target in ("export", *ORDER)
+    elif source in OUTSIDE:
+        assert target in ("_core", *DATA, *PARTS, *WHOLE)
+    elif source == "cli" and target in OUTSIDE:
+        assert found.deferred, "only the command that needs it may import it"
+    elif source in PARTS:
+        assert target in ("_core", *DATA)
+    else:
+        assert ORDER.index(target) < ORDER.index(source)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if place(name) not in OUTSIDE])
+def test_a_library_is_imported_by_the_file_that_wraps_it(module: str) -> None:
+    targets = {found.target.partition(".")[0] for name, found in IMPORTS if name == module}
+    libraries = targets - sys.stdlib_module_names - {"mome_sdk", "numpy"}
+    assert libraries <= LIBRARIES.get(module.removeprefix("mome_sdk."), set())
+
+
+def test_the_core_includes_nothing_but_the_standard_library_and_pybind11() -> None:
+    sources = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".hpp", ".cpp")]
+    included = {
+        (path.name, header)
+        for path in sources
+        for header in re.findall(r"^#include <([^>]+)>", path.read_text(), re.MULTILINE)
+    }
+    libraries = {
+        (name, header) for name, header in included if "/" in header and "sys/" not in header
+    }
+    assert sources
+    assert {name for name, header in libraries if header.startswith("pybind11/")} <= {
+        "bindings.cpp"
+    }
+    assert {header for _, header in libraries if not header.startswith("pybind11/")} == set()
+
+
+def test_public_names() -> None:
+    assert set(mome_sdk.__all__) == PUBLIC - NOT_YET
+    assert all(hasattr(mome_sdk, name) for name in mome_sdk.__all__)
+
+
+def test_importing_loads_no_heavy_library() -> None:
+    code = f"""
+import sys, mome_sdk, mome_sdk.cli
+loaded = [name for name in {HEAVY} if name in sys.modules]
+assert not loaded, loaded
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
