@@ -1,4 +1,4 @@
-"""Who may import whom, read from the source; what `import mome_sdk` offers and what it leaves alone."""
+"""Who may import whom, read from the source; what `import mome_sdk` offers and leaves alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from importlib.util import resolve_name
 from pathlib import Path
 from typing import NamedTuple
 
-import mome_sdk
 import pytest
+
+import mome_sdk
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {
@@ -22,7 +23,7 @@ FOLDERS = {
     "mome_sdk.benchmarks": ROOT / "benchmarks",
 }
 
-# Each module may import the layers above its own, and within data, whole and service the names before it.
+# A module may import what stands before it; parts import no other part.
 DATA = ("errors", "files", "architecture", "volume", "nifti", "segmentation", "bundle", "network")
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
