@@ -1,4 +1,4 @@
-"""The engines side by side: one window of the demonstration model, the same numbers in, float32."""
+"""The engines side by side: one window of the demonstration model, same numbers in, float32."""
 
 from __future__ import annotations
 

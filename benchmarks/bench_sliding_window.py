@@ -1,4 +1,4 @@
-"""What the C++ runner itself costs: gather, flip, blend, divide, around an engine that does next to nothing."""
+"""What the C++ runner costs: gather, flip, blend, divide, around a nearly free engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL_AXES = (0, 1, 2)
 
 
 class CopyEngine:
-    """Logits (-x, x - x0) of a window x with the corner value x0: cheap, and not the same in every window."""
+    """Logits (-x, x - x0) of a window x with corner x0: cheap, and no two windows agree."""
 
     name = "copy"
     device = "cpu"
