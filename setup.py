@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -14,9 +15,13 @@ ROOT = Path(__file__).resolve().parent
 
 
 class CMakeBuild(build_ext):
+    """Builds csrc/; MOME_CMAKE_ARGS adds options, such as -DMOME_WERROR=ON."""
+
     def build_extension(self, ext: Extension) -> None:
+        """Configure, build and put the module where setuptools expects it."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "core"
+        # An editable install keeps its build folder, so that the next one compiles what changed.
+        build = (ROOT / "build" if self.editable_mode else Path(self.build_temp).resolve()) / "core"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
@@ -27,10 +32,11 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             *os.environ.get("MOME_CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, check=True)
-        jobs = str(os.cpu_count() or 1)
+        jobs = str(len(os.sched_getaffinity(0)))
         subprocess.run(["cmake", "--build", str(build), "--parallel", jobs], check=True)
 
 

@@ -1,0 +1,46 @@
+#include "python_engine.hpp"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+
+namespace py = pybind11;
+
+namespace mome {
+namespace {
+
+py::array_t<float> array_of(const TensorView<const float, 5>& view,
+                            const std::shared_ptr<const void>& owner) {
+  auto held = std::make_unique<std::shared_ptr<const void>>(owner);
+  const py::capsule base(held.get(), [](void* memory) {
+    const std::unique_ptr<std::shared_ptr<const void>> release(
+        static_cast<std::shared_ptr<const void>*>(memory));
+  });
+  held.release();  // the capsule owns it now
+  return py::array_t<float>(view.shape, view.data, base);
+}
+
+}  // namespace
+
+PythonEngine::PythonEngine(const py::object& engine)
+    : run_(engine.attr("run")),
+      name_(engine.attr("name").cast<std::string>()),
+      device_(engine.attr("device").cast<std::string>()),
+      channels_(engine.attr("channels").cast<std::int64_t>()),
+      classes_(engine.attr("classes").cast<std::int64_t>()),
+      experts_(engine.attr("experts").cast<std::int64_t>()),
+      batch_(engine.attr("batch").cast<std::optional<std::int64_t>>()) {}
+
+void PythonEngine::run(const WindowBatch& batch) {
+  const py::gil_scoped_acquire gil;
+  const py::array_t<float> windows = array_of(batch.windows, batch.owner);
+  const py::array_t<float> logits = array_of(batch.logits, batch.owner);
+  if (batch.shares) {
+    run_(windows, logits, array_of(*batch.shares, batch.owner));
+  } else {
+    run_(windows, logits);
+  }
+}
+
+}  // namespace mome

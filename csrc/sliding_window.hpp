@@ -1,0 +1,60 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <optional>
+
+#include "engine.hpp"
+#include "tensor.hpp"
+#include "tiling.hpp"
+
+namespace mome {
+
+struct SlidingWindowOptions {
+  Index3 patch{};                       // D, H, W
+  double step = 0.5;                    // distance of windows, in patches
+  std::array<bool, 3> mirror{};         // average over the flips along these axes
+  Blend blend = Blend::exact;
+  std::int64_t batch = 1;               // windows, flips counted, in one call of the engine
+  int threads = 0;                      // 0: all of the pool
+};
+
+// After each call of the engine: windows done and windows in all, flips counted. May throw to stop.
+using Progress = std::function<void(std::int64_t done, std::int64_t total)>;
+
+struct SlidingWindowResult {
+  Buffer<float> logits;                 // (N, D, H, W) of the image
+  std::optional<Buffer<float>> shares;  // (E, D, H, W) of the image
+};
+
+// Bytes that run_sliding_window allocates itself, its result included; the image and what the engine
+// allocates come on top. `experts` is 0 without shares.
+std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, std::int64_t classes,
+                                  std::int64_t experts, const SlidingWindowOptions& options);
+
+// Runs an engine over every window of an image (C, D, H, W) of any size and blends what it returns:
+//   logits[n, v] = sum over windows i and flips f of w[v - s_i] * l[i, f, n, v - s_i]
+//                  / (F * sum over windows i of w[v - s_i]),        all sums in float32,
+// with w = window_weights(), s_i the window's start, F = 2^axes flips, l flipped back. Axes shorter
+// than the patch are padded with zeros (padding_before()) and cropped again. Shares are blended in
+// the same way; they are not normalised over the experts.
+// The sums at a voxel run over windows, then flips, in one fixed order: the result is the same, bit
+// by bit, for any number of threads, and for any batch as far as the engine's own result is.
+// Throws Error
+//   argument.*          shapes, step or batch that cannot be used
+//   volume.too-large    sliding_window_bytes() is more than the memory available
+//   engine.device       the engine wants its buffers elsewhere than in host memory
+//   engine.shares       shares asked of an engine that has none
+//   engine.not-finite   the engine left or wrote NaN or infinity
+// and what the engine and `progress` throw. Nothing is kept of an unfinished run.
+SlidingWindowResult run_sliding_window(Engine& engine, TensorView<const float, 4> image,
+                                       const SlidingWindowOptions& options, bool shares,
+                                       const Progress& progress);
+
+// Over the first axis of logits (N, V): probabilities = exp(l) / sum exp(l), and the class of the
+// largest logit (the lowest of equals). Throw Error engine.not-finite on NaN or infinity.
+void softmax(TensorView<const float, 2> logits, TensorView<float, 2> probabilities);
+void argmax(TensorView<const float, 2> logits, TensorView<std::uint8_t, 1> labels);
+
+}  // namespace mome

@@ -1,0 +1,97 @@
+"""Types of the C++ core (csrc/bindings.cpp). Axes as in the package: C, N, E, D, H, W; I, J, K.
+
+Every function checks its arguments and raises `mome_sdk.errors` classes; all release the GIL while
+they work and use at most the threads of the process-wide pool (`default_threads()`).
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Float = NDArray[np.float32]
+_Scalar = TypeVar("_Scalar", np.float32, np.uint8)
+
+def window_starts(
+    shape: Sequence[int], patch: Sequence[int], step: float
+) -> tuple[list[int], list[int], list[int]]:
+    """First voxel of each window along D, H and W, by nnU-Net's rule; [0] where the patch is larger."""
+
+def window_weights(patch: Sequence[int], blend: str) -> _Float:
+    """Window weights (D, H, W), 1000 in the centre; `blend` is "exact" or "authors"."""
+
+def run_sliding_window(
+    engine: Any,
+    image: _Float,
+    *,
+    patch: Sequence[int],
+    step: float,
+    mirror: Sequence[int],
+    blend: str,
+    batch: int,
+    threads: int | None,
+    shares: bool = False,
+    progress: Callable[[int, int], object] | None = None,
+) -> tuple[_Float, _Float | None]:
+    """Blended logits (N, D, H, W) of an image (C, D, H, W), and the experts' shares (E, D, H, W).
+
+    The shares are None unless asked for; they are blended like the logits and not normalised over
+    the experts. `progress(done, total)` counts windows times flips; what it raises ends the run.
+    """
+
+def sliding_window_bytes(
+    shape: Sequence[int],
+    channels: int,
+    classes: int,
+    experts: int,
+    patch: Sequence[int],
+    step: float,
+    mirror: Sequence[int],
+    batch: int,
+) -> int:
+    """Bytes that `run_sliding_window` allocates, its result included; `experts` is 0 without shares."""
+
+def softmax(logits: _Float) -> _Float:
+    """Probabilities (N, D, H, W) of logits (N, D, H, W)."""
+
+def argmax(logits: _Float) -> NDArray[np.uint8]:
+    """Class of the largest logit (D, H, W); the lowest of equals."""
+
+def zscore(array: _Float) -> _Float:
+    """(array - mean) / population standard deviation over all voxels, any shape."""
+
+def resample(
+    source: NDArray[_Scalar],
+    matrix: NDArray[np.float64],
+    shape: Sequence[int],
+    mode: Literal["linear", "nearest"],
+    fill: float = 0.0,
+) -> NDArray[_Scalar]:
+    """Samples of a volume (I, J, K) on another grid; `matrix` maps its indices to the source's.
+
+    Voxels beyond the source have the value `fill`; linear interpolation goes over to it within one
+    voxel.
+    """
+
+def connected_components(mask: NDArray[np.uint8]) -> tuple[NDArray[np.int32], int]:
+    """Labels (I, J, K), 0 or 1..count, the largest component first, and the count.
+
+    Voxels belong together if they have the same class above zero and touch, corners included.
+    """
+
+def read_safetensors(
+    path: str | os.PathLike[str], *, offset: int = 0, size: int | None = None
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Tensors of a file as read-only views of mapped memory, and its metadata.
+
+    `offset` and `size` choose a part of the file, such as a stored member of a zip. The file must
+    not be shortened while a view lives.
+    """
+
+def cpu_features() -> dict[str, bool]:
+    """Instruction sets of this processor; empty where the core was not built for x86-64."""
+
+def default_threads() -> int:
+    """MOME_THREADS if set, else the cores that this process may use."""
