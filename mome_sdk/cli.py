@@ -20,7 +20,7 @@ from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.engines import ENGINES
 from mome_sdk.errors import InputError, MomeError
-from mome_sdk.files import check_writable, write_file
+from mome_sdk.files import check_writable, make_folder, write_file
 from mome_sdk.nifti import NOTICE, read_nifti
 from mome_sdk.report import lesion_table, picture, report
 from mome_sdk.segmentation import Segmentation
@@ -337,7 +337,7 @@ def _jobs(options: argparse.Namespace) -> list[_Job]:
         jobs = [_job(inputs[0], options.output, options)]
     else:
         folder: Path = options.output
-        _make_folder(folder)
+        make_folder(folder)
         jobs = [_job(path, folder / f"{_stem(path)}.nii.gz", options) for path in inputs]
     seen: dict[Path, Path] = {}
     images = {path.resolve(): path for path in inputs}
@@ -383,29 +383,6 @@ def _job(image: Path, mask: Path, options: argparse.Namespace) -> _Job:
 def _stem(path: Path) -> str:
     """The file's name without .nii or .nii.gz."""
     return path.name.removesuffix(".gz").removesuffix(".nii")
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except FileExistsError as error:
-        raise InputError(
-            "argument.output",
-            f"The output {str(folder)!r} is a file.",
-            hint="Name a folder: there are several files to write.",
-        ) from error
-    except FileNotFoundError as error:
-        raise InputError(
-            "argument.output-folder",
-            f"The output folder {str(folder.parent)!r} does not exist.",
-            hint="Create it, or name a folder in one that exists.",
-        ) from error
-    except OSError as error:
-        raise InputError(
-            "argument.output",
-            f"The folder {str(folder)!r} cannot be made: {error.strerror}.",
-            hint="Name a folder where you may write.",
-        ) from error
 
 
 class _Progress:
@@ -460,7 +437,7 @@ def _print_result(job: _Job, result: Segmentation, *, verbose: bool) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     folder: Path = options.output
-    _make_folder(folder)
+    make_folder(folder)
     job = _Job(
         _EXAMPLE / "flair.nii.gz",
         folder / "lesions.nii.gz",
@@ -529,7 +506,7 @@ def _print_bundle(bundle: ModelBundle) -> None:
     print(f"{'training':<12}{json.dumps(bundle.manifest.get('training'), indent=2)}")
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _doctor(_: argparse.Namespace) -> int:
     print(
         f"mome         {version('mome-sdk')}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}"
