@@ -113,8 +113,12 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
 
 
 def volume_of(image: nib.Nifti1Image) -> Volume:
-    """The voxels and the affine of a nibabel NIfTI image, read and checked as in `read_nifti`."""
+    """The voxels and the affine of a nibabel NIfTI image, read and checked as in `read_nifti`.
+
+    An image made in memory keeps its float64 affine, which its header rounds to float32.
+    """
     grid = _checked_grid(image.header, image.shape)
+    affine = grid.affine if image.affine is None else image.affine
     try:
         with np.errstate(over="ignore"):  # beyond float32: infinite, refused where it is used
             array = image.get_fdata(caching="unchanged", dtype=np.float32)
@@ -124,7 +128,7 @@ def volume_of(image: nib.Nifti1Image) -> Volume:
             f"The file ends or breaks before its last voxel: {' '.join(str(error).split())}.",
             hint="It is cut off or damaged: copy or convert the scan again.",
         ) from error
-    return Volume(array.reshape(grid.shape), grid.affine)
+    return Volume(array.reshape(grid.shape), affine)
 
 
 def write_nifti(
@@ -179,7 +183,7 @@ def _raw_header(path: Path) -> nib.Nifti1Header:
         block = stream.read(540)
     for endianness, (size, (magic, kind)) in itertools.product("<>", _KINDS.items()):
         if len(block) >= size and block[:4] == struct.pack(f"{endianness}i", size):
-            header = kind(block[:size], endianness=endianness, check=False)
+            header: nib.Nifti1Header = kind(block[:size], endianness=endianness, check=False)
             if bytes(header["magic"].item())[:3] == magic:
                 return header
     raise InputError(
@@ -192,16 +196,15 @@ def _raw_header(path: Path) -> nib.Nifti1Header:
 
 def _check_size(path: Path, header: nib.Nifti1Header) -> None:
     """Refuse more voxels than the file can hold, or than any scan has, before reading them."""
-    rank = int(header["dim"][0])
-    grid = _checked_grid(header, tuple(int(n) for n in header["dim"][1 : max(rank, 0) + 1]))
-    offset = float(header["vox_offset"])
-    if offset < header.single_vox_offset:
+    rank, offset = int(header["dim"][0]), float(header["vox_offset"])
+    if not 0 <= rank <= 7 or offset < header.single_vox_offset:
         raise InputError(
             "volume.format",
-            f"The voxels of {path.name!r} begin at byte {offset:g} by its header, which is "
-            f"{header.single_vox_offset} bytes long itself.",
-            hint="Convert the scan again.",
+            f"By its header {path.name!r} has {rank} axes and voxels from byte {offset:g} on.",
+            hint=f"At most 7 axes, and voxels behind the {header.single_vox_offset} bytes of the "
+            "header, are expected: convert the scan again.",
         )
+    grid = _checked_grid(header, tuple(int(n) for n in header["dim"][1 : rank + 1]))
     voxels = math.prod(grid.shape)
     needed = voxels * header.get_data_dtype().itemsize + offset
     size = path.stat().st_size
@@ -337,7 +340,8 @@ def _header_for(volume: Volume, source: Source | None) -> nib.Nifti1Header:
         header.set_qform(volume.affine, code="aligned", strip_shears=True)
         header.set_sform(volume.affine, code="aligned")
         return header
-    if not _checked_grid(like, volume.array.shape).matches(volume.grid):
+    # 1e-3 mm: a header holds the affine in float32.
+    if not _checked_grid(like, volume.array.shape).matches(volume.grid, tolerance=1e-3):
         raise GeometryError(
             "geometry.foreign-source",
             "The volume to write is not on the grid of its source image.",
