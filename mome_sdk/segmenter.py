@@ -20,7 +20,7 @@ from mome_sdk.bundle import ModelBundle
 from mome_sdk.engines import Engine, open_engine
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.nifti import Source, open_nifti, volume_of
-from mome_sdk.preprocess.pipeline import SPACES, prepare, restore
+from mome_sdk.preprocess.pipeline import SPACES, Space, prepare, restore
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.sliding_window import SlidingWindow
 from mome_sdk.volume import Volume
@@ -28,8 +28,9 @@ from mome_sdk.volume import Volume
 Image: TypeAlias = Volume | str | Path | SpatialImage | tuple[ArrayLike, ArrayLike]
 Progress: TypeAlias = Callable[[int, int], object]
 
-# Axes (D, H, W) whose mirrored copies are averaged; "all" means every combination: 8 times the work.
-MIRRORS: dict[str, tuple[int, ...]] = {"none": (), "all": (0, 1, 2)}
+# Axes (D, H, W) over which windows are mirrored; every combination is averaged, eight with "all".
+Mirror: TypeAlias = Literal["none", "all"]
+MIRRORS: dict[Mirror, tuple[int, ...]] = {"none": (), "all": (0, 1, 2)}
 
 
 class Segmenter:
@@ -66,8 +67,8 @@ class Segmenter:
         *,
         device: str = "cpu",
         precision: str = "fp32",
-        space: str = "mni",
-        mirror: str = "none",
+        space: Space = "mni",
+        mirror: Mirror = "none",
         step: float = 0.5,
         blend: str | None = None,
         batch: int | Literal["auto"] = "auto",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,8 @@ from mome_sdk.errors import GeometryError, InputError
 from mome_sdk.preprocess.intensity import background_of, check_intensities, normalise
 from mome_sdk.volume import Grid, Volume
 
-SPACES = ("mni", "model")
+Space: TypeAlias = Literal["mni", "model"]
+SPACES: tuple[Space, ...] = get_args(Space)
 
 # Spacing and direction cosines may differ by this from the bundle's grid (`model`): rounding of
 # headers, not another grid.
@@ -39,7 +41,7 @@ class Prepared:
     brain: NDArray[np.bool_]
 
 
-def prepare(volume: Volume, bundle: ModelBundle, space: str) -> Prepared:
+def prepare(volume: Volume, bundle: ModelBundle, space: Space) -> Prepared:
     """Bring an image onto the grid and to the intensities that the network was trained on.
 
     Args:
@@ -56,18 +58,10 @@ def prepare(volume: Volume, bundle: ModelBundle, space: str) -> Prepared:
         or every voxel that differs from the image's background ("model").
 
     Raises:
-        InputError: `argument.space`; `volume.not-3d`, a single slice; `volume.not-finite`;
-            `volume.constant`.
+        InputError: `volume.not-3d`, a single slice; `volume.not-finite`; `volume.constant`.
         GeometryError: `geometry.not-model-grid`, other spacing or tilted axes ("model");
             `geometry.not-mni`, the head is not where the template is ("mni").
     """
-    if space not in SPACES:
-        raise InputError(
-            "argument.space",
-            f"The space is {space!r}.",
-            hint="It is 'mni' for an image registered to the template, or 'model' for one that is "
-            "on the model's grid already.",
-        )
     if min(volume.array.shape) < 2:
         raise InputError(
             "volume.not-3d",
@@ -75,7 +69,7 @@ def prepare(volume: Volume, bundle: ModelBundle, space: str) -> Prepared:
             hint="At least two voxels along every axis are expected.",
         )
     check_intensities(volume)
-    place = _on_template if space == "mni" else _as_it_is
+    place = {"mni": _on_template, "model": _as_it_is}[space]
     placed, brain = place(volume, bundle)
     return Prepared(normalise(placed), volume.grid, brain)
 
