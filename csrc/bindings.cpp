@@ -52,8 +52,8 @@ py::str text_of(const std::string& text) {
 
 void raise_in_python(const Error& error) {
   const py::object type = py::module_::import("mome_sdk.errors").attr(class_of(error.code()));
-  const py::object value = type(error.code(), text_of(error.what()),
-                                py::arg("hint") = text_of(error.hint()));
+  const py::object value =
+      type(error.code(), text_of(error.what()), py::arg("hint") = text_of(error.hint()));
   PyErr_SetObject(type.ptr(), value.ptr());
 }
 
@@ -122,7 +122,8 @@ int threads_of(std::optional<int> threads) {
 }
 
 // Between two calls of the engine: lets Ctrl-C through and tells Python how far the run is.
-// The callback is borrowed: copies of the function object must not count references without the GIL.
+// The callback is borrowed: copies of the function object must not count references without the
+// GIL.
 Progress progress_of(py::handle callback) {
   return [callback](std::int64_t done, std::int64_t total) {
     const py::gil_scoped_acquire gil;
@@ -159,9 +160,9 @@ py::tuple py_run_sliding_window(const py::object& engine, const py::array& image
   if (!result.shares) {
     return py::make_tuple(logits, py::none());
   }
-  return py::make_tuple(
-      logits,
-      array_of<float, 4>(std::move(*result.shares), {python_engine.experts(), depth, height, width}));
+  return py::make_tuple(logits,
+                        array_of<float, 4>(std::move(*result.shares),
+                                           {python_engine.experts(), depth, height, width}));
 }
 
 py::tuple py_window_starts(const Index3& shape, const Index3& patch, double step) {
@@ -259,7 +260,8 @@ py::array_t<T> resampled(const py::array& source, const Matrix4& matrix, const I
   return array_of<T, 3>(std::move(out), shape);
 }
 
-py::array py_resample(const py::array& source, const py::array_t<double, py::array::c_style | py::array::forcecast>& matrix,
+py::array py_resample(const py::array& source,
+                      const py::array_t<double, py::array::c_style | py::array::forcecast>& matrix,
                       const Index3& shape, const std::string& mode, double fill) {
   if (matrix.ndim() != 2 || matrix.shape(0) != 4 || matrix.shape(1) != 4) {
     throw Error("argument.matrix", "The index matrix is not 4 x 4.", "Give a 4 x 4 affine.");
@@ -285,18 +287,30 @@ py::tuple py_connected_components(const py::array& mask) {
 
 const char* numpy_name(DType dtype) {
   switch (dtype) {
-    case DType::boolean: return "?";
-    case DType::u8: return "u1";
-    case DType::i8: return "i1";
-    case DType::u16: return "<u2";
-    case DType::i16: return "<i2";
-    case DType::f16: return "<f2";
-    case DType::u32: return "<u4";
-    case DType::i32: return "<i4";
-    case DType::f32: return "<f4";
-    case DType::u64: return "<u8";
-    case DType::i64: return "<i8";
-    case DType::f64: return "<f8";
+    case DType::boolean:
+      return "?";
+    case DType::u8:
+      return "u1";
+    case DType::i8:
+      return "i1";
+    case DType::u16:
+      return "<u2";
+    case DType::i16:
+      return "<i2";
+    case DType::f16:
+      return "<f2";
+    case DType::u32:
+      return "<u4";
+    case DType::i32:
+      return "<i4";
+    case DType::f32:
+      return "<f4";
+    case DType::u64:
+      return "<u8";
+    case DType::i64:
+      return "<i8";
+    case DType::f64:
+      return "<f8";
   }
   throw Error("bundle.dtype", "A tensor has an unknown type.");
 }

@@ -79,7 +79,7 @@ struct Mapping {
 
 Mapping map_file(const std::string& path, std::int64_t offset, std::optional<std::int64_t> size) {
   const Descriptor file(path);
-  struct stat status {};
+  struct stat status{};
   if (fstat(file.number(), &status) != 0) {
     reject_system(path, "read", errno);
   }
@@ -232,8 +232,8 @@ void check_cover(const std::string& path, std::vector<Entry>& entries, std::int6
     covered = entry.end;
   }
   if (covered != room) {
-    reject(path, "the tensors end at byte " + std::to_string(covered) + " of " +
-                     std::to_string(room));
+    reject(path,
+           "the tensors end at byte " + std::to_string(covered) + " of " + std::to_string(room));
   }
 }
 

@@ -19,8 +19,7 @@ void require_positive(const Index3& sizes, const char* code, const char* what) {
 std::vector<std::int64_t> axis_starts(std::int64_t size, std::int64_t patch, double step) {
   const std::int64_t last = std::max<std::int64_t>(0, size - patch);
   const double distance = static_cast<double>(patch) * step;
-  const auto intervals =
-      static_cast<std::int64_t>(std::ceil(static_cast<double>(last) / distance));
+  const auto intervals = static_cast<std::int64_t>(std::ceil(static_cast<double>(last) / distance));
   std::vector<std::int64_t> starts{0};
   for (std::int64_t i = 1; i <= intervals; ++i) {
     const double exact =

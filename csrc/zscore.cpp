@@ -59,8 +59,7 @@ void zscore(std::span<const float> in, std::span<float> out) {
     throw Error("volume.empty", "The volume has no voxels.");
   }
   const auto count = static_cast<double>(in.size());
-  const Summary values =
-      summarise(in, [](float value) { return static_cast<double>(value); });
+  const Summary values = summarise(in, [](float value) { return static_cast<double>(value); });
   if (!std::isfinite(values.sum)) {
     throw Error("volume.not-finite", "The volume holds NaN or infinity.",
                 "Every voxel needs a finite intensity.");
