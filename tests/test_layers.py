@@ -23,7 +23,10 @@ FOLDERS = {
 }
 
 # Each module may import the layers above its own, and within data, whole and service the names before it.
-DATA = ("errors", "files", "architecture", "volume", "nifti", "segmentation", "bundle", "network")
+DATA = (
+    *("errors", "files", "architecture", "volume", "nifti", "segmentation"),
+    *("manifest", "container", "bundle", "network"),
+)
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
 SERVICE = ("report", "batch", "pacs", "cli")
