@@ -27,8 +27,8 @@ class Engine {
   virtual std::string device() const = 0;  // "cpu", "cuda:0": where the buffers must live
   virtual std::int64_t channels() const = 0;
   virtual std::int64_t classes() const = 0;
-  virtual std::int64_t experts() const = 0;                 // 0: cannot fill shares
-  virtual std::optional<std::int64_t> batch() const = 0;    // the only B it takes, if fixed
+  virtual std::int64_t experts() const = 0;               // 0: cannot fill shares
+  virtual std::optional<std::int64_t> batch() const = 0;  // the only B it takes, if fixed
 
   // Fills logits and, when given, shares = abs(expert logit x gate) of the class with the larger
   // fused logit, per expert. Called from the thread that called the runner, with no lock held.

@@ -25,8 +25,8 @@ void append_utf8(std::string& out, std::uint32_t code) {
   }
 }
 
-// Bytes of the UTF-8 sequence that begins `text`, or 0 if it is none (RFC 3629: no overlong form, no
-// surrogate, nothing above U+10FFFF).
+// Bytes of the UTF-8 sequence that begins `text`, or 0 if it is none (RFC 3629: no overlong form,
+// no surrogate, nothing above U+10FFFF).
 std::size_t utf8_length(std::string_view text) {
   const auto byte = [&text](std::size_t i) -> unsigned {
     return i < text.size() ? static_cast<unsigned char>(text[i]) : 0U;
@@ -136,8 +136,8 @@ void JsonReader::fail(const std::string& expected) const {
 }
 
 void JsonReader::skip_space() {
-  while (at_ < text_.size() && (text_[at_] == ' ' || text_[at_] == '\t' || text_[at_] == '\n' ||
-                                text_[at_] == '\r')) {
+  while (at_ < text_.size() &&
+         (text_[at_] == ' ' || text_[at_] == '\t' || text_[at_] == '\n' || text_[at_] == '\r')) {
     ++at_;
   }
 }

@@ -48,7 +48,8 @@ std::int64_t left_in_group(const std::string& limit_file, const std::string& usa
   if (!limit || !usage) {
     return kNoLimit;
   }
-  return std::max<std::int64_t>(0, *limit - *usage + number_after(stat_file, cache_key).value_or(0));
+  return std::max<std::int64_t>(0,
+                                *limit - *usage + number_after(stat_file, cache_key).value_or(0));
 }
 
 }  // namespace

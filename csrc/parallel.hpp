@@ -5,8 +5,8 @@
 
 namespace mome {
 
-// Threads this process may use: MOME_THREADS if set, else the cores it may run on (affinity mask and
-// the container's CPU quota). Throws Error argument.threads if MOME_THREADS is not 1..1024.
+// Threads this process may use: MOME_THREADS if set, else the cores it may run on (affinity mask
+// and the container's CPU quota). Throws Error argument.threads if MOME_THREADS is not 1..1024.
 int default_threads();
 
 // Calls body(begin, end) for pieces that together cover [0, count) once, on up to `threads` threads

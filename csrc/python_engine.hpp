@@ -10,9 +10,9 @@
 namespace mome {
 
 // An engine written in Python (the Engine protocol of mome_sdk.engines). It is made with the GIL
-// held, when its numbers are read, and destroyed with it; run() takes the GIL for the call only. The
-// arrays it passes are views of the batch, without copies; they stay valid as long as Python keeps
-// them, although later calls write to the same memory.
+// held, when its numbers are read, and destroyed with it; run() takes the GIL for the call only.
+// The arrays it passes are views of the batch, without copies; they stay valid as long as Python
+// keeps them, although later calls write to the same memory.
 class __attribute__((visibility("hidden"))) PythonEngine final : public Engine {
  public:
   explicit PythonEngine(const pybind11::object& engine);

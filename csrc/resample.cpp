@@ -12,7 +12,8 @@ namespace {
 using Point = std::array<double, 3>;
 
 void require_affine(const Matrix4& matrix) {
-  const bool finite = std::all_of(matrix.begin(), matrix.end(), [](double x) { return std::isfinite(x); });
+  const bool finite =
+      std::all_of(matrix.begin(), matrix.end(), [](double x) { return std::isfinite(x); });
   if (!finite || matrix[12] != 0.0 || matrix[13] != 0.0 || matrix[14] != 0.0 || matrix[15] != 1.0) {
     throw Error("argument.matrix", "The index matrix is not a finite affine.",
                 "It is 4 x 4 with the last row 0 0 0 1.");
@@ -126,23 +127,23 @@ template <typename T, typename Sampler>
 void sample(const Sampler& sampler, const Matrix4& m, TensorView<T, 3> out) {
   require_affine(m);
   const auto [depth, height, width] = out.shape;
-  parallel_for(depth * height, 0, [&, height = height, width = width](std::int64_t begin,
-                                                                      std::int64_t end) {
-    for (std::int64_t row = begin; row < end; ++row) {
-      const auto i = static_cast<double>(row / height);
-      const auto j = static_cast<double>(row % height);
-      Point origin{};
-      for (std::size_t axis = 0; axis < 3; ++axis) {
-        origin[axis] = m[4 * axis] * i + m[4 * axis + 1] * j + m[4 * axis + 3];
-      }
-      T* values = out.data + row * width;
-      for (std::int64_t column = 0; column < width; ++column) {
-        const auto k = static_cast<double>(column);
-        values[column] =
-            sampler({origin[0] + m[2] * k, origin[1] + m[6] * k, origin[2] + m[10] * k});
-      }
-    }
-  });
+  parallel_for(
+      depth * height, 0, [&, height = height, width = width](std::int64_t begin, std::int64_t end) {
+        for (std::int64_t row = begin; row < end; ++row) {
+          const auto i = static_cast<double>(row / height);
+          const auto j = static_cast<double>(row % height);
+          Point origin{};
+          for (std::size_t axis = 0; axis < 3; ++axis) {
+            origin[axis] = m[4 * axis] * i + m[4 * axis + 1] * j + m[4 * axis + 3];
+          }
+          T* values = out.data + row * width;
+          for (std::int64_t column = 0; column < width; ++column) {
+            const auto k = static_cast<double>(column);
+            values[column] =
+                sampler({origin[0] + m[2] * k, origin[1] + m[6] * k, origin[2] + m[10] * k});
+          }
+        }
+      });
 }
 
 }  // namespace

@@ -7,7 +7,8 @@
 
 namespace mome {
 
-// 4 x 4, row by row; maps an index of `out` to a (fractional) index of `in`. The last row is 0 0 0 1.
+// 4 x 4, row by row; maps an index of `out` to a (fractional) index of `in`. The last row is 0 0
+// 0 1.
 using Matrix4 = std::array<double, 16>;
 
 // Samples `in` at the place of every voxel of `out`, both (I, J, K). Beyond the outermost voxel

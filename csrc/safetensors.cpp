@@ -56,7 +56,9 @@ constexpr std::array<TypeName, 12> kTypes{{{"BOOL", DType::boolean, 1},
 
 class Descriptor {
  public:
-  explicit Descriptor(const std::string& path) : number_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  // O_NONBLOCK: a named pipe must not hold the caller up until somebody writes to it.
+  explicit Descriptor(const std::string& path)
+      : number_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     if (number_ < 0) {
       reject_system(path, "opened", errno);
     }
@@ -79,7 +81,7 @@ struct Mapping {
 
 Mapping map_file(const std::string& path, std::int64_t offset, std::optional<std::int64_t> size) {
   const Descriptor file(path);
-  struct stat status {};
+  struct stat status{};
   if (fstat(file.number(), &status) != 0) {
     reject_system(path, "read", errno);
   }
@@ -232,8 +234,8 @@ void check_cover(const std::string& path, std::vector<Entry>& entries, std::int6
     covered = entry.end;
   }
   if (covered != room) {
-    reject(path, "the tensors end at byte " + std::to_string(covered) + " of " +
-                     std::to_string(room));
+    reject(path,
+           "the tensors end at byte " + std::to_string(covered) + " of " + std::to_string(room));
   }
 }
 

@@ -25,8 +25,9 @@ struct StoredTensor {
 
 // A .safetensors file, or a part of a file that is one (a stored member of a zip), in read-only
 // mapped memory. Everything the header says is checked against the size of the file before it is
-// used: length, JSON (UTF-8, no name twice), types, shapes, and that the tensors cover the data once,
-// without gap or overlap. Another process that shortens the file meanwhile ends this one (SIGBUS).
+// used: length, JSON (UTF-8, no name twice), types, shapes, and that the tensors cover the data
+// once, without gap or overlap. Another process that shortens the file meanwhile ends this one
+// (SIGBUS).
 class SafetensorsFile {
  public:
   // Throws Error bundle.unreadable (no such part of a file) or bundle.safetensors (not as above).

@@ -5,7 +5,10 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "memory.hpp"
@@ -66,17 +69,20 @@ bool finite(float value) {
   return (std::bit_cast<std::uint32_t>(value) & kExponent) != kExponent;
 }
 
-// One row of one window added to the sums. Returns false if a value is not finite.
-template <bool kReversed>
-bool add_row(const float* logits, const float* weights, std::int64_t count, float* sums) {
-  // An integer flag, combined with `&`, lets the compiler vectorise the loop.
-  std::uint32_t all_finite = 1;
-  for (std::int64_t x = 0; x < count; ++x) {
-    const float value = kReversed ? logits[-x] : logits[x];
-    all_finite &= static_cast<std::uint32_t>(finite(value));
-    sums[x] += weights[x] * value;
-  }
-  return all_finite != 0;
+// Reads everything and decides at the end, which lets the compiler vectorise the loop.
+bool all_finite(std::span<const float> values, int threads) {
+  std::atomic<bool> whole{true};
+  const auto size = static_cast<std::int64_t>(values.size());
+  parallel_for(size, threads, [&](std::int64_t begin, std::int64_t end) {
+    std::uint32_t piece = 1;
+    for (std::int64_t i = begin; i < end; ++i) {
+      piece &= static_cast<std::uint32_t>(finite(values[static_cast<std::size_t>(i)]));
+    }
+    if (piece == 0) {
+      whole.store(false, std::memory_order_relaxed);
+    }
+  });
+  return whole;
 }
 
 // Buffers that live through all calls of one run. Engines may hold on to their views of them.
@@ -169,8 +175,10 @@ class Runner {
       batch.shares = memory_->shares.view<5>({size, engine_.experts(), d, h, w});
     }
     engine_.run(batch);
+    require_finite(batch.logits, used);
     accumulate(first, used, batch.logits, view_of(result_.logits, engine_.classes()));
     if (shares_) {
+      require_finite(*batch.shares, used);
       accumulate(first, used, *batch.shares, view_of(*result_.shares, engine_.experts()));
     }
   }
@@ -201,8 +209,8 @@ class Runner {
     const Overlap columns = overlap(item.start[2], width, shape_[2]);
     const std::int64_t count = columns.end - columns.begin;
     // Zeros left of the row as it lies in `out`.
-    const std::int64_t left = item.flip[2] ? item.start[2] + width - columns.end
-                                           : columns.begin - item.start[2];
+    const std::int64_t left =
+        item.flip[2] ? item.start[2] + width - columns.end : columns.begin - item.start[2];
     for (std::int64_t y = 0; y < height; ++y) {
       float* row = out(y).data;
       const std::int64_t source_y = item.start[1] + (item.flip[1] ? height - 1 - y : y);
@@ -221,6 +229,15 @@ class Runner {
     }
   }
 
+  void require_finite(TensorView<const float, 5> maps, std::int64_t used) const {
+    const auto size = static_cast<std::size_t>(used * maps(0).size());
+    if (!all_finite({maps.data, size}, options_.threads)) {
+      throw Error("engine.not-finite",
+                  "Engine " + engine_.name() + " returned NaN or infinity, or left voxels unset.",
+                  "Try precision fp32 or another engine; if it stays, the weights are damaged.");
+    }
+  }
+
   // Adds the first `used` entries of `maps` (B, M, patch) to `sums` (M, D, H, W). Threads share the
   // planes of the image, never the windows: each voxel sees the windows in their own order.
   void accumulate(std::int64_t first, std::int64_t used, TensorView<const float, 5> maps,
@@ -229,32 +246,22 @@ class Runner {
     for (std::int64_t entry = 0; entry < used; ++entry) {
       items.push_back(item(first + entry));
     }
-    std::atomic<bool> all_finite{true};
-    const std::int64_t planes = sums.shape[0] * shape_[0];
-    parallel_for(planes, options_.threads, [&](std::int64_t begin, std::int64_t end) {
-      bool piece_finite = true;
-      for (std::int64_t plane = begin; plane < end; ++plane) {
-        const std::int64_t map = plane / shape_[0];
-        const std::int64_t z = plane % shape_[0];
-        for (std::size_t entry = 0; entry < items.size(); ++entry) {
-          const std::int64_t window_z = z - items[entry].start[0];
-          if (window_z >= 0 && window_z < options_.patch[0]) {
-            piece_finite &= add_plane(items[entry], window_z, maps(entry, map), sums(map, z));
-          }
-        }
-      }
-      if (!piece_finite) {
-        all_finite.store(false, std::memory_order_relaxed);
-      }
-    });
-    if (!all_finite) {
-      throw Error("engine.not-finite",
-                  "Engine " + engine_.name() + " returned NaN or infinity, or left logits unset.",
-                  "Use precision fp32, or another engine; report the model if it persists.");
-    }
+    parallel_for(sums.shape[0] * shape_[0], options_.threads,
+                 [&](std::int64_t begin, std::int64_t end) {
+                   for (std::int64_t plane = begin; plane < end; ++plane) {
+                     const std::int64_t map = plane / shape_[0];
+                     const std::int64_t z = plane % shape_[0];
+                     for (std::size_t entry = 0; entry < items.size(); ++entry) {
+                       const std::int64_t window_z = z - items[entry].start[0];
+                       if (window_z >= 0 && window_z < options_.patch[0]) {
+                         add_plane(items[entry], window_z, maps(entry, map), sums(map, z));
+                       }
+                     }
+                   }
+                 });
   }
 
-  bool add_plane(const Item& item, std::int64_t z, TensorView<const float, 3> map,
+  void add_plane(const Item& item, std::int64_t z, TensorView<const float, 3> map,
                  TensorView<float, 2> sums) const {
     const auto [depth, height, width] = options_.patch;
     const TensorView<const float, 3> weights = weights_.view<3>(options_.patch);
@@ -262,43 +269,43 @@ class Runner {
     const Overlap rows = overlap(item.start[1], height, shape_[1]);
     const Overlap columns = overlap(item.start[2], width, shape_[2]);
     const std::int64_t count = columns.end - columns.begin;
-    const std::int64_t x = columns.begin - item.start[2];
-    bool all_finite = true;
+    const std::int64_t first = columns.begin - item.start[2];
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       const std::int64_t y = row - item.start[1];
       const std::int64_t map_y = item.flip[1] ? height - 1 - y : y;
-      const float* weight = weights(z, y, x);
+      const float* weight = weights(z, y, first);
       float* sum = sums(row, columns.begin);
-      all_finite &= item.flip[2]
-                        ? add_row<true>(map(map_z, map_y, width - 1 - x), weight, count, sum)
-                        : add_row<false>(map(map_z, map_y, x), weight, count, sum);
+      if (item.flip[2]) {
+        const float* value = map(map_z, map_y, width - 1 - first);
+        for (std::int64_t x = 0; x < count; ++x) {
+          sum[x] += weight[x] * value[-x];
+        }
+      } else {
+        const float* value = map(map_z, map_y, first);
+        for (std::int64_t x = 0; x < count; ++x) {
+          sum[x] += weight[x] * value[x];
+        }
+      }
     }
-    return all_finite;
   }
 
   // Divides the sums by the weights that went into them. The weights of a plane are summed anew,
   // over the windows in the same order: cheaper than keeping one more volume.
   void divide(TensorView<float, 4> sums) const {
     const auto flips = static_cast<float>(flips_.size());
-    std::atomic<bool> all_finite{true};
     parallel_for(shape_[0], options_.threads, [&](std::int64_t begin, std::int64_t end) {
       const Buffer<float> total(shape_[1] * shape_[2]);
-      std::uint32_t piece_finite = 1;
       for (std::int64_t z = begin; z < end; ++z) {
         sum_weights(z, total.view<2>({shape_[1], shape_[2]}));
         for (std::int64_t map = 0; map < sums.shape[0]; ++map) {
           float* values = sums(map, z).data;
           for (std::int64_t i = 0; i < total.size(); ++i) {
             values[i] /= total.data()[i] * flips;
-            piece_finite &= static_cast<std::uint32_t>(finite(values[i]));
           }
         }
       }
-      if (piece_finite == 0) {
-        all_finite.store(false, std::memory_order_relaxed);
-      }
     });
-    if (!all_finite) {
+    if (!all_finite({sums.data, static_cast<std::size_t>(sums.size())}, options_.threads)) {
       throw Error("engine.not-finite",
                   "The logits of engine " + engine_.name() + " are too large to be summed.",
                   "Their weighted sum leaves the range of float32: check the model.");
@@ -352,8 +359,8 @@ void check(const Engine& engine, TensorView<const float, 4> image,
   }
   if (engine.batch() && *engine.batch() != options.batch) {
     throw Error("argument.batch",
-                "The batch is " + std::to_string(options.batch) + ", but engine " +
-                    engine.name() + " was built for " + std::to_string(*engine.batch()) + ".",
+                "The batch is " + std::to_string(options.batch) + ", but engine " + engine.name() +
+                    " was built for " + std::to_string(*engine.batch()) + ".",
                 "Leave the batch at auto.");
   }
   if (shares && engine.experts() < 1) {
@@ -362,19 +369,26 @@ void check(const Engine& engine, TensorView<const float, 4> image,
   }
 }
 
-[[noreturn]] void throw_not_finite() {
-  throw Error("engine.not-finite", "The logits hold NaN or infinity.",
-              "No class can be told from them.");
+void require_finite_logits(TensorView<const float, 2> logits) {
+  if (!all_finite({logits.data, static_cast<std::size_t>(logits.size())}, 0)) {
+    throw Error("engine.not-finite", "The logits hold NaN or infinity.",
+                "No class can be told from them.");
+  }
 }
 
 }  // namespace
 
-std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, std::int64_t classes,
-                                  std::int64_t experts, const SlidingWindowOptions& options) {
+void check_sliding_window(const SlidingWindowOptions& options) {
+  window_starts(options.patch, options.patch, options.step);
   if (options.batch < 1) {
     throw Error("argument.batch", "The batch is " + std::to_string(options.batch) + ".",
                 "It must be at least 1.");
   }
+}
+
+std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, std::int64_t classes,
+                                  std::int64_t experts, const SlidingWindowOptions& options) {
+  check_sliding_window(options);
   const auto starts = window_starts(shape, options.patch, options.step);
   const std::int64_t windows = static_cast<std::int64_t>(starts[0].size()) *
                                static_cast<std::int64_t>(starts[1].size()) *
@@ -404,27 +418,20 @@ SlidingWindowResult run_sliding_window(Engine& engine, TensorView<const float, 4
                                        const Progress& progress) {
   check(engine, image, options, shares);
   const Index3 shape{image.shape[1], image.shape[2], image.shape[3]};
-  const std::int64_t needed =
-      sliding_window_bytes(shape, engine.channels(), engine.classes(),
-                           shares ? engine.experts() : 0, options);
+  const std::int64_t needed = sliding_window_bytes(shape, engine.channels(), engine.classes(),
+                                                   shares ? engine.experts() : 0, options);
   require_memory(needed, "A volume of " + text(shape) + " voxels");
   return Runner(engine, image, options, shares).run(progress);
 }
 
 void softmax(TensorView<const float, 2> logits, TensorView<float, 2> probabilities) {
+  require_finite_logits(logits);
   const auto [classes, voxels] = logits.shape;
-  std::atomic<bool> all_finite{true};
-  parallel_for(voxels, 0, [&](std::int64_t begin, std::int64_t end) {
+  parallel_for(voxels, 0, [&, classes = classes](std::int64_t begin, std::int64_t end) {
     for (std::int64_t v = begin; v < end; ++v) {
       float largest = *logits(0, v);
-      bool voxel_finite = true;
-      for (std::int64_t n = 0; n < classes; ++n) {
-        voxel_finite &= finite(*logits(n, v));
+      for (std::int64_t n = 1; n < classes; ++n) {
         largest = std::max(largest, *logits(n, v));
-      }
-      if (!voxel_finite) {
-        all_finite.store(false, std::memory_order_relaxed);
-        return;
       }
       float sum = 0.0F;
       for (std::int64_t n = 0; n < classes; ++n) {
@@ -437,33 +444,22 @@ void softmax(TensorView<const float, 2> logits, TensorView<float, 2> probabiliti
       }
     }
   });
-  if (!all_finite) {
-    throw_not_finite();
-  }
 }
 
 void argmax(TensorView<const float, 2> logits, TensorView<std::uint8_t, 1> labels) {
+  require_finite_logits(logits);
   const auto [classes, voxels] = logits.shape;
-  std::atomic<bool> all_finite{true};
-  parallel_for(voxels, 0, [&](std::int64_t begin, std::int64_t end) {
-    bool piece_finite = true;
+  parallel_for(voxels, 0, [&, classes = classes](std::int64_t begin, std::int64_t end) {
     for (std::int64_t v = begin; v < end; ++v) {
       std::uint8_t best = 0;
-      for (std::int64_t n = 0; n < classes; ++n) {
-        piece_finite &= finite(*logits(n, v));
+      for (std::int64_t n = 1; n < classes; ++n) {
         if (*logits(n, v) > *logits(best, v)) {
           best = static_cast<std::uint8_t>(n);
         }
       }
       *labels(v) = best;
     }
-    if (!piece_finite) {
-      all_finite.store(false, std::memory_order_relaxed);
-    }
   });
-  if (!all_finite) {
-    throw_not_finite();
-  }
 }
 
 }  // namespace mome

@@ -12,12 +12,12 @@
 namespace mome {
 
 struct SlidingWindowOptions {
-  Index3 patch{};                       // D, H, W
-  double step = 0.5;                    // distance of windows, in patches
-  std::array<bool, 3> mirror{};         // average over the flips along these axes
+  Index3 patch{};                // D, H, W
+  double step = 0.5;             // distance of windows, in patches
+  std::array<bool, 3> mirror{};  // average over the flips along these axes
   Blend blend = Blend::exact;
-  std::int64_t batch = 1;               // windows, flips counted, in one call of the engine
-  int threads = 0;                      // 0: all of the pool
+  std::int64_t batch = 1;  // windows, flips counted, in one call of the engine
+  int threads = 0;         // 0: all of the pool
 };
 
 // After each call of the engine: windows done and windows in all, flips counted. May throw to stop.
@@ -28,8 +28,11 @@ struct SlidingWindowResult {
   std::optional<Buffer<float>> shares;  // (E, D, H, W) of the image
 };
 
-// Bytes that run_sliding_window allocates itself, its result included; the image and what the engine
-// allocates come on top. `experts` is 0 without shares.
+// Throws Error argument.patch, argument.step or argument.batch if a run with these cannot begin.
+void check_sliding_window(const SlidingWindowOptions& options);
+
+// Bytes that run_sliding_window allocates itself, its result included; the image and what the
+// engine allocates come on top. `experts` is 0 without shares.
 std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, std::int64_t classes,
                                   std::int64_t experts, const SlidingWindowOptions& options);
 

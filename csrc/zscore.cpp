@@ -10,6 +10,7 @@
 
 #include "error.hpp"
 #include "parallel.hpp"
+#include "tensor.hpp"
 
 namespace mome {
 namespace {
@@ -59,15 +60,14 @@ void zscore(std::span<const float> in, std::span<float> out) {
     throw Error("volume.empty", "The volume has no voxels.");
   }
   const auto count = static_cast<double>(in.size());
-  const Summary values =
-      summarise(in, [](float value) { return static_cast<double>(value); });
+  const Summary values = summarise(in, [](float value) { return static_cast<double>(value); });
   if (!std::isfinite(values.sum)) {
     throw Error("volume.not-finite", "The volume holds NaN or infinity.",
                 "Every voxel needs a finite intensity.");
   }
   if (values.smallest == values.largest) {
     throw Error("volume.constant",
-                "Every voxel of the volume has the value " + std::to_string(values.smallest) + ".",
+                "Every voxel of the volume has the value " + text(values.smallest) + ".",
                 "An image with contrast is expected.");
   }
   const double mean = values.sum / count;
