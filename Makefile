@@ -50,12 +50,13 @@ $(VENV)/default: $(BIN)/python $(CORE)
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
-# The published U-Net, which network.py is checked against, asks for libraries that it does not use here.
+# The package is in place: its name brings what the extra asks for, without another build. The published
+# U-Net, which network.py is checked against, asks for libraries that it does not use here.
 $(VENV)/test: $(VENV)/default
-	$(BIN)/pip install --quiet --editable ".[test]"
+	$(BIN)/pip install --quiet "mome-sdk[test]"
 	$(BIN)/pip install --quiet --no-deps dynamic-network-architectures==0.4.4
 	touch $@
 
 $(VENV)/bench: $(VENV)/default
-	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/pip install --quiet "mome-sdk[bench]"
 	touch $@

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from string import Template
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +25,7 @@ from mome_sdk.volume import Volume
 _LONGEST_EDGE_PX = 440
 _GAP_PX = 16
 _LESION_RGB = (255, 94, 58)
-_MOST_ROWS = 50
+_MOST_ROWS = 30
 
 _GREY, _DIM, _WHITE = (232, 232, 232), (150, 150, 150), (255, 255, 255)
 
@@ -65,10 +67,12 @@ def picture(volume: Volume, segmentation: Segmentation) -> bytes:
     mask = Volume(segmentation.mask, segmentation.affine).reorient("RAS").array
     low, high = _grey_range(image)
     head = image.array > low + 0.05 * (high - low)
-    box = _bounds(head | (mask > 0))
+    box = _bounds(head | (mask > 0), image.grid.spacing_mm)
     index = _planes_through(mask, box)
-    spacing = image.grid.spacing_mm
-    lengths_mm = [(b.stop - b.start) * s for b, s in zip(box, spacing, strict=True)]
+    lengths_mm = [
+        (part.stop - part.start) * spacing
+        for part, spacing in zip(box, image.grid.spacing_mm, strict=True)
+    ]
     px_per_mm = _LONGEST_EDGE_PX / max(lengths_mm)
     positions_mm = image.grid.to_mm(index)
     panels, captions = [], []
@@ -77,7 +81,7 @@ def picture(volume: Volume, segmentation: Segmentation) -> bytes:
         place[plane.through] = index[plane.through]
         shown = [axis for axis in range(3) if axis != plane.through]
         size = tuple(max(1, round(lengths_mm[axis] * px_per_mm)) for axis in shown)
-        grey = np.clip((image.array[tuple(place)] - low) / (high - low), 0.0, 1.0)
+        grey = np.clip((image.array[tuple(place)] - low) / np.float32(high - low), 0.0, 1.0)
         panels.append(_panel(grey, mask[tuple(place)], (size[0], size[1])))
         captions.append(f"{plane.name}, {_side(plane.through, positions_mm[plane.through])}")
     stream = io.BytesIO()
@@ -146,13 +150,16 @@ def _grey_range(image: Volume) -> tuple[float, float]:
     return float(low), float(high) if high > low else float(low) + 1.0
 
 
-def _bounds(inside: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
-    """The smallest box with everything that is inside, and four voxels more on each side."""
+def _bounds(
+    inside: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+) -> tuple[slice, slice, slice]:
+    """The smallest box with everything that is inside, and 5 mm more on each side."""
     box = []
-    for axis, length in enumerate(inside.shape):
+    for axis, (length, spacing) in enumerate(zip(inside.shape, spacing_mm, strict=True)):
+        margin = math.ceil(5.0 / spacing)
         used = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
         first, last = (int(used[0]), int(used[-1])) if used.size else (0, length - 1)
-        box.append(slice(max(0, first - 4), min(length, last + 5)))
+        box.append(slice(max(0, first - margin), min(length, last + 1 + margin)))
     return box[0], box[1], box[2]
 
 
@@ -165,21 +172,20 @@ def _planes_through(mask: NDArray[np.uint8], box: tuple[slice, slice, slice]) ->
 
 
 def _panel(
-    grey: NDArray[np.float32], mask: NDArray[np.uint8], size: tuple[int, int]
+    grey: NDArray[np.floating[Any]], mask: NDArray[np.uint8], size: tuple[int, int]
 ) -> Image.Image:
     """One plane (two RAS axes) as a picture of `size` pixels, lesions tinted and outlined.
 
     The first axis becomes columns and the second rows, both reversed: R, A and S point left or up.
     """
     turned = np.ascontiguousarray(grey.T[::-1, ::-1] * 255.0)
-    picture = Image.fromarray(turned.astype(np.uint8), "L").resize(size, Image.Resampling.BICUBIC)
-    lesion = Image.fromarray(np.ascontiguousarray(mask.T[::-1, ::-1] > 0), "1").convert("L")
-    inside = lesion.resize(size, Image.Resampling.BICUBIC).point(lambda value: 255 * (value > 127))
-    outline = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(5)))
+    plain = Image.fromarray(turned.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    plain = plain.convert("RGB")
+    marks = Image.fromarray((mask.T[::-1, ::-1] > 0).astype(np.uint8) * 255)
+    inside = marks.resize(size, Image.Resampling.BICUBIC).point([0] * 128 + [255] * 128)
+    outline = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(3)))
     colour = Image.new("RGB", size, _LESION_RGB)
-    panel = Image.composite(
-        Image.blend(picture.convert("RGB"), colour, 0.25), picture.convert("RGB"), inside
-    )
+    panel = Image.composite(Image.blend(plain, colour, 0.2), plain, inside)
     return Image.composite(colour, panel, outline)
 
 
@@ -230,10 +236,8 @@ def _side(axis: int, mm: float) -> str:
 
 def _rows(items: Iterable[tuple[str, object]]) -> str:
     """Rows of a table with the name as its heading; every value is shown as text."""
-    return "".join(
-        f'<tr><th scope="row">{html.escape(str(name))}</th><td>{html.escape(_shown(value))}</td></tr>'
-        for name, value in items
-    )
+    texts = ((html.escape(str(name)), html.escape(_shown(value))) for name, value in items)
+    return "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in texts)
 
 
 def _shown(value: object) -> str:
@@ -322,6 +326,7 @@ th, td { padding: .35rem .6rem; text-align: left; border-bottom: 1px solid var(-
   overflow-wrap: anywhere; }
 thead th { color: var(--dim); font-weight: 600; }
 tbody th { font-weight: 500; white-space: nowrap; }
+.figures td, .figures th { white-space: nowrap; }
 .figures td, .figures thead th:not(:first-child) { text-align: right; }
 .pair { display: grid; grid-template-columns: 1fr 2fr; gap: 0 2.5rem; align-items: start; }
 .bar { position: relative; width: 42%; }
@@ -339,7 +344,7 @@ tbody th { font-weight: 500; white-space: nowrap; }
 <div><dt>Volume in all</dt><dd>$volume mL</dd></div>
 <div><dt>Largest lesion</dt><dd>$largest mL</dd></div></dl>
 <figure><img src="data:image/png;base64,$picture" alt="$alt">
-<figcaption>Planes where the largest lesion has most voxels, seen from the patient's feet: the
+<figcaption>Planes where the largest lesion has most voxels, in radiological convention: the
 patient's right (R) is on the left of the picture. Lesions are tinted and outlined.</figcaption>
 </figure>
 <section><h2>Lesions</h2>
