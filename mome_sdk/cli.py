@@ -199,9 +199,9 @@ def _add_predict_options(predict: _Parser) -> None:
     option("--device", default="cpu", help="cpu (default), or cuda:0 with the torch engine")
     option(
         "--precision",
-        choices=("fp32", "bf16", "fp16"),
+        choices=("fp32", "bf16"),
         default="fp32",
-        help="fp32 (default), bf16 or fp16, where the engine has it",
+        help="fp32 (default), or bf16 where engine and processor have it",
     )
     option(
         "--mirror",

@@ -207,6 +207,7 @@ class Segmenter:
             "bundle": self.bundle.name,
             "bundle_sha256": self.bundle.sha256,
             "licence": self.bundle.licence,
+            "notice": self.bundle.notice,
             "modalities": list(self.bundle.modalities),
             "classes": list(self.bundle.classes),
             "engine": self.engine.name,

@@ -1,10 +1,11 @@
-"""A head without anatomy: a grey ellipsoid where MNI152 has its brain, and one bright lesion."""
+"""A head without anatomy and with one bright lesion; an engine that calls bright voxels lesion."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mome_sdk.volume import Grid, Volume
 
@@ -43,3 +44,37 @@ def phantom(
     array = np.where(brain, 100.0 + 0.1 * places_mm[..., 1], 0.0)
     array[np.linalg.norm(places_mm - lesion_mm, axis=-1) <= radius_mm] = 400.0
     return Volume(array, where.affine)
+
+
+class BrightEngine:
+    """Lesion is what lies more than `threshold` standard deviations over the image's mean.
+
+    The logit of lesion grows by `slope` per deviation; expert e of five has share (e + 1) / 15.
+    """
+
+    name = "bright"
+    device = "cpu"
+    precision = "fp32"
+    batch = None
+    channels, classes, experts = 1, 2, 5
+
+    def __init__(self, threshold: float = 3.0, slope: float = 4.0) -> None:
+        self.threshold = threshold
+        self.slope = slope
+        self.closed = False
+
+    def run(
+        self,
+        windows: NDArray[np.float32],
+        logits: NDArray[np.float32],
+        shares: NDArray[np.float32] | None = None,
+        stream: int | None = None,
+    ) -> None:
+        assert stream is None
+        logits[:, 0] = 0.0
+        logits[:, 1] = self.slope * (windows[:, 0] - self.threshold)
+        if shares is not None:
+            shares[:] = np.arange(1.0, 6.0).reshape(1, 5, 1, 1, 1)
+
+    def close(self) -> None:
+        self.closed = True
