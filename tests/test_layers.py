@@ -27,7 +27,7 @@ FOLDERS = {
 DATA = ("errors", "files", "architecture", "volume", "nifti", "segmentation", "bundle", "network")
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
-SERVICE = ("report", "batch", "pacs", "cli")
+SERVICE = ("report", "batch", "pacs", "cli", "__main__")
 OUTSIDE = ("export", "training", "benchmarks")
 ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
 
