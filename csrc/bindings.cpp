@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -13,6 +14,7 @@
 #include "components.hpp"
 #include "cpu.hpp"
 #include "error.hpp"
+#include "memory.hpp"
 #include "parallel.hpp"
 #include "python_engine.hpp"
 #include "resample.hpp"
@@ -121,6 +123,17 @@ int threads_of(std::optional<int> threads) {
   return threads.value_or(0);
 }
 
+SlidingWindowOptions options_of(const Index3& patch, double step, const std::vector<int>& mirror,
+                                const std::string& blend, std::int64_t batch,
+                                std::optional<int> threads) {
+  return {.patch = patch,
+          .step = step,
+          .mirror = mirror_of(mirror),
+          .blend = blend_of(blend),
+          .batch = batch,
+          .threads = threads_of(threads)};
+}
+
 // Between two calls of the engine: lets Ctrl-C through and tells Python how far the run is.
 // The callback is borrowed: copies of the function object must not count references without the
 // GIL.
@@ -142,12 +155,7 @@ py::tuple py_run_sliding_window(const py::object& engine, const py::array& image
                                 std::optional<int> threads, bool shares,
                                 const py::object& progress) {
   const auto [held, view] = input<float, 4>(image, "image");
-  const SlidingWindowOptions options{.patch = patch,
-                                     .step = step,
-                                     .mirror = mirror_of(mirror),
-                                     .blend = blend_of(blend),
-                                     .batch = batch,
-                                     .threads = threads_of(threads)};
+  const SlidingWindowOptions options = options_of(patch, step, mirror, blend, batch, threads);
   PythonEngine python_engine(engine);
   SlidingWindowResult result;
   {
@@ -165,6 +173,12 @@ py::tuple py_run_sliding_window(const py::object& engine, const py::array& image
                                            {python_engine.experts(), depth, height, width}));
 }
 
+void py_check_sliding_window(const Index3& patch, double step, const std::vector<int>& mirror,
+                             const std::string& blend, std::int64_t batch,
+                             std::optional<int> threads) {
+  check_sliding_window(options_of(patch, step, mirror, blend, batch, threads));
+}
+
 py::tuple py_window_starts(const Index3& shape, const Index3& patch, double step) {
   const auto starts = window_starts(shape, patch, step);
   return py::make_tuple(starts[0], starts[1], starts[2]);
@@ -172,11 +186,9 @@ py::tuple py_window_starts(const Index3& shape, const Index3& patch, double step
 
 std::int64_t py_sliding_window_bytes(const Index3& shape, std::int64_t channels,
                                      std::int64_t classes, std::int64_t experts,
-                                     const Index3& patch, double step,
-                                     const std::vector<int>& mirror, std::int64_t batch) {
-  const SlidingWindowOptions options{
-      .patch = patch, .step = step, .mirror = mirror_of(mirror), .batch = batch};
-  return sliding_window_bytes(shape, channels, classes, experts, options);
+                                     const Index3& patch, double step, std::int64_t batch) {
+  return sliding_window_bytes(shape, channels, classes, experts,
+                              {.patch = patch, .step = step, .batch = batch});
 }
 
 py::array_t<float> py_window_weights(const Index3& patch, const std::string& blend) {
@@ -240,11 +252,15 @@ template <typename T>
 py::array_t<T> resampled(const py::array& source, const Matrix4& matrix, const Index3& shape,
                          const std::string& mode, double fill) {
   const auto [held, view] = input<T, 3>(source, "volume");
-  const T value = static_cast<T>(fill);
-  if (static_cast<double>(value) != static_cast<double>(static_cast<float>(fill))) {
-    throw Error("argument.fill", "The fill value is " + std::to_string(fill) + ".",
+  require_positive(view.shape, "shape");
+  require_positive(shape, "shape");
+  require_memory(checked_product(shape) * std::int64_t{sizeof(T)},
+                 "A volume of " + text(shape) + " voxels");
+  if (std::is_integral_v<T> && !(fill >= 0.0 && fill <= 255.0 && fill == std::floor(fill))) {
+    throw Error("argument.fill", "The fill value is " + text(fill) + ".",
                 "It must be a value of " + dtype_name<T>() + ".");
   }
+  const T value = static_cast<T>(fill);
   Buffer<T> out(checked_product(shape));
   {
     const py::gil_scoped_release release;
@@ -350,12 +366,13 @@ PYBIND11_MODULE(_core, module) {
   using py::arg;
   module.def("window_starts", &py_window_starts, arg("shape"), arg("patch"), arg("step"));
   module.def("window_weights", &py_window_weights, arg("patch"), arg("blend"));
+  module.def("check_sliding_window", &py_check_sliding_window, py::kw_only(), arg("patch"),
+             arg("step"), arg("mirror"), arg("blend"), arg("batch"), arg("threads"));
   module.def("run_sliding_window", &py_run_sliding_window, arg("engine"), arg("image"),
              py::kw_only(), arg("patch"), arg("step"), arg("mirror"), arg("blend"), arg("batch"),
              arg("threads"), arg("shares") = false, arg("progress") = py::none());
   module.def("sliding_window_bytes", &py_sliding_window_bytes, arg("shape"), arg("channels"),
-             arg("classes"), arg("experts"), arg("patch"), arg("step"), arg("mirror"),
-             arg("batch"));
+             arg("classes"), arg("experts"), arg("patch"), arg("step"), arg("batch"));
   module.def("softmax", &py_softmax, arg("logits"));
   module.def("argmax", &py_argmax, arg("logits"));
   module.def("zscore", &py_zscore, arg("array"));

@@ -56,7 +56,9 @@ constexpr std::array<TypeName, 12> kTypes{{{"BOOL", DType::boolean, 1},
 
 class Descriptor {
  public:
-  explicit Descriptor(const std::string& path) : number_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  // O_NONBLOCK: a named pipe must not hold the caller up until somebody writes to it.
+  explicit Descriptor(const std::string& path)
+      : number_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
     if (number_ < 0) {
       reject_system(path, "opened", errno);
     }

@@ -378,12 +378,17 @@ void require_finite_logits(TensorView<const float, 2> logits) {
 
 }  // namespace
 
-std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, std::int64_t classes,
-                                  std::int64_t experts, const SlidingWindowOptions& options) {
+void check_sliding_window(const SlidingWindowOptions& options) {
+  window_starts(options.patch, options.patch, options.step);
   if (options.batch < 1) {
     throw Error("argument.batch", "The batch is " + std::to_string(options.batch) + ".",
                 "It must be at least 1.");
   }
+}
+
+std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, std::int64_t classes,
+                                  std::int64_t experts, const SlidingWindowOptions& options) {
+  check_sliding_window(options);
   const auto starts = window_starts(shape, options.patch, options.step);
   const std::int64_t windows = static_cast<std::int64_t>(starts[0].size()) *
                                static_cast<std::int64_t>(starts[1].size()) *

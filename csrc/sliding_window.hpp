@@ -28,6 +28,9 @@ struct SlidingWindowResult {
   std::optional<Buffer<float>> shares;  // (E, D, H, W) of the image
 };
 
+// Throws Error argument.patch, argument.step or argument.batch if a run with these cannot begin.
+void check_sliding_window(const SlidingWindowOptions& options);
+
 // Bytes that run_sliding_window allocates itself, its result included; the image and what the
 // engine allocates come on top. `experts` is 0 without shares.
 std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, std::int64_t classes,

@@ -2,12 +2,16 @@
 
 #include <array>
 #include <cassert>
+#include <charconv>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <span>
 #include <string>
+#include <system_error>
+#include <type_traits>
 
 #include "error.hpp"
 
@@ -16,21 +20,41 @@ namespace mome {
 // Three sizes or positions, in the axis order of the array they belong to.
 using Index3 = std::array<std::int64_t, 3>;
 
-inline std::string text(const Index3& value, const char* separator = " x ") {
-  return std::to_string(value[0]) + separator + std::to_string(value[1]) + separator +
+inline std::string text(const Index3& value) {
+  return std::to_string(value[0]) + " x " + std::to_string(value[1]) + " x " +
          std::to_string(value[2]);
 }
 
-// Product of sizes that may come from a file or a caller; throws instead of wrapping around.
+// The shortest decimal that reads back as the same number.
+template <std::floating_point T>
+std::string text(T value) {
+  std::array<char, 32> digits{};
+  const auto [end, status] = std::to_chars(digits.data(), digits.data() + digits.size(), value);
+  assert(status == std::errc{});
+  return {digits.data(), end};
+}
+
+// Product of sizes that may come from a file or a caller; throws Error volume.too-large instead of
+// wrapping around.
 inline std::int64_t checked_product(std::span<const std::int64_t> sizes) {
   std::int64_t product = 1;
   for (const std::int64_t size : sizes) {
-    if (size < 0 || __builtin_mul_overflow(product, size, &product)) {
+    assert(size >= 0);
+    if (__builtin_mul_overflow(product, size, &product)) {
       throw Error("volume.too-large", "The number of elements does not fit 63 bits.",
                   "Use a smaller volume.");
     }
   }
   return product;
+}
+
+// Throws Error argument.<name> unless every axis has at least one voxel and their product fits.
+inline void require_positive(const Index3& sizes, const std::string& name) {
+  if (sizes[0] < 1 || sizes[1] < 1 || sizes[2] < 1) {
+    throw Error("argument." + name, "The " + name + " is " + text(sizes) + ".",
+                "Every axis needs at least one voxel.");
+  }
+  checked_product(sizes);
 }
 
 // A dense array in C order that somebody else owns. On a GPU the pointer is a device address.

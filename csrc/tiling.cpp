@@ -5,16 +5,10 @@
 #include <limits>
 #include <string>
 
+#include "memory.hpp"
+
 namespace mome {
 namespace {
-
-void require_positive(const Index3& sizes, const char* code, const char* what) {
-  if (*std::min_element(sizes.begin(), sizes.end()) < 1) {
-    throw Error(code, std::string("The ") + what + " is " + text(sizes) + ".",
-                "Every axis needs at least one voxel.");
-  }
-  checked_product(sizes);
-}
 
 std::vector<std::int64_t> axis_starts(std::int64_t size, std::int64_t patch, double step) {
   const std::int64_t last = std::max<std::int64_t>(0, size - patch);
@@ -64,10 +58,10 @@ float rounded_to_float(float value) { return value; }
 
 std::array<std::vector<std::int64_t>, 3> window_starts(const Index3& shape, const Index3& patch,
                                                        double step) {
-  require_positive(shape, "argument.shape", "shape");
-  require_positive(patch, "argument.patch", "patch");
+  require_positive(patch, "patch");
+  require_positive(shape, "shape");
   if (!(step > 0.0 && step <= 1.0)) {
-    throw Error("argument.step", "The step is " + std::to_string(step) + ".",
+    throw Error("argument.step", "The step is " + text(step) + ".",
                 "It is a fraction of the patch: above 0 and at most 1.");
   }
   return {axis_starts(shape[0], patch[0], step), axis_starts(shape[1], patch[1], step),
@@ -83,13 +77,15 @@ Index3 padding_before(const Index3& shape, const Index3& patch) {
 }
 
 Buffer<float> window_weights(const Index3& patch, Blend blend) {
-  require_positive(patch, "argument.patch", "patch");
+  require_positive(patch, "patch");
+  const std::int64_t size = checked_product(patch);
+  require_memory(size * std::int64_t{sizeof(float)}, "A window of " + text(patch) + " voxels");
   const std::vector<double> along_d = filtered_impulse(patch[0]);
   const std::vector<double> along_h = filtered_impulse(patch[1]);
   const std::vector<double> along_w = filtered_impulse(patch[2]);
   const auto rounded = blend == Blend::authors ? rounded_to_half : rounded_to_float;
 
-  Buffer<float> weights(checked_product(patch));
+  Buffer<float> weights(size);
   float* next = weights.data();
   for (const double d : along_d) {
     for (const double h : along_h) {

@@ -27,6 +27,7 @@ Index3 padding_before(const Index3& shape, const Index3& patch);
 // a unit impulse filtered as scipy.ndimage.gaussian_filter does (sigma = size / 8, truncate 4, mode
 // constant, float64), divided by its maximum, times 1000, zeros replaced by the smallest weight
 // above zero. With Blend::authors every step after the filter is rounded to half precision.
+// Throws Error argument.patch or volume.too-large.
 Buffer<float> window_weights(const Index3& patch, Blend blend);
 
 }  // namespace mome

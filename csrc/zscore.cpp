@@ -10,6 +10,7 @@
 
 #include "error.hpp"
 #include "parallel.hpp"
+#include "tensor.hpp"
 
 namespace mome {
 namespace {
@@ -66,7 +67,7 @@ void zscore(std::span<const float> in, std::span<float> out) {
   }
   if (values.smallest == values.largest) {
     throw Error("volume.constant",
-                "Every voxel of the volume has the value " + std::to_string(values.smallest) + ".",
+                "Every voxel of the volume has the value " + text(values.smallest) + ".",
                 "An image with contrast is expected.");
   }
   const double mean = values.sum / count;

@@ -17,10 +17,21 @@ _Scalar = TypeVar("_Scalar", np.float32, np.uint8)
 def window_starts(
     shape: Sequence[int], patch: Sequence[int], step: float
 ) -> tuple[list[int], list[int], list[int]]:
-    """First voxel of each window along D, H and W, by nnU-Net's rule; [0] where the patch is larger."""
+    """First voxel of each window along D, H and W, by nnU-Net's rule; [0] on axes below the patch."""
 
 def window_weights(patch: Sequence[int], blend: str) -> _Float:
     """Window weights (D, H, W), 1000 in the centre; `blend` is "exact" or "authors"."""
+
+def check_sliding_window(
+    *,
+    patch: Sequence[int],
+    step: float,
+    mirror: Sequence[int],
+    blend: str,
+    batch: int,
+    threads: int | None,
+) -> None:
+    """Raise InputError `argument.*` if a run with these values cannot begin."""
 
 def run_sliding_window(
     engine: Any,
@@ -48,10 +59,9 @@ def sliding_window_bytes(
     experts: int,
     patch: Sequence[int],
     step: float,
-    mirror: Sequence[int],
     batch: int,
 ) -> int:
-    """Bytes that `run_sliding_window` allocates, its result included; `experts` is 0 without shares."""
+    """Bytes that `run_sliding_window` allocates, its result included; no shares: 0 experts."""
 
 def softmax(logits: _Float) -> _Float:
     """Probabilities (N, D, H, W) of logits (N, D, H, W)."""

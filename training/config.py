@@ -26,6 +26,7 @@ class StageConfig:
 
     Attributes:
         steps: Optimiser steps.
+        continued_steps: Steps of an expert that starts from another one's weights (experts stage).
         batch: Patches in each step.
         lr: Learning rate at step 0; it falls as (1 - step / steps) ** 0.9.
         optimizer: "adamw" or "sgd" (Nesterov, momentum 0.99, as published).
@@ -39,6 +40,7 @@ class StageConfig:
     lr: float
     optimizer: str
     weight_decay: float
+    continued_steps: int = 0
     gate_lr: float = 0.0
     warm_up: int = 0
 
