@@ -38,7 +38,7 @@ lint: $(VENV)/test
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp)
 
 # The tests of the core against a build that checks every access (ASan) and operation (UBSan). Python
-# itself leaks by design. The sanitizers' libraries must be the first in the process.
+# itself leaks by design, and ASan's own memory would count where a test measures what the runner takes.
 sanitize: $(VENV)/test
 	$(BIN)/pip install --quiet cmake pybind11
 	$(BIN)/cmake -S csrc -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMOME_WERROR=ON \
@@ -50,7 +50,7 @@ sanitize: $(VENV)/test
 	ln -s $(CURDIR)/build/sanitize/_core*.so build/sanitized/mome_sdk
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
-	  $(PYTEST) -m "not gpu" $(CORE_TESTS)
+	  $(PYTEST) -m "not gpu" -k "not memory_is_what_was_announced" $(CORE_TESTS)
 
 # Installs an sdist with the default dependencies in a new environment and prints its size.
 size: $(VENV)/test
