@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from string import Template
@@ -66,10 +67,12 @@ def picture(volume: Volume, segmentation: Segmentation) -> bytes:
     mask = Volume(segmentation.mask, segmentation.affine).reorient("RAS").array
     low, high = _grey_range(image)
     head = image.array > low + 0.05 * (high - low)
-    box = _bounds(head | (mask > 0))
+    box = _bounds(head | (mask > 0), image.grid.spacing_mm)
     index = _planes_through(mask, box)
-    spacing = image.grid.spacing_mm
-    lengths_mm = [(b.stop - b.start) * s for b, s in zip(box, spacing, strict=True)]
+    lengths_mm = [
+        (part.stop - part.start) * spacing
+        for part, spacing in zip(box, image.grid.spacing_mm, strict=True)
+    ]
     px_per_mm = _LONGEST_EDGE_PX / max(lengths_mm)
     positions_mm = image.grid.to_mm(index)
     panels, captions = [], []
@@ -147,13 +150,16 @@ def _grey_range(image: Volume) -> tuple[float, float]:
     return float(low), float(high) if high > low else float(low) + 1.0
 
 
-def _bounds(inside: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
-    """The smallest box with everything that is inside, and four voxels more on each side."""
+def _bounds(
+    inside: NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+) -> tuple[slice, slice, slice]:
+    """The smallest box with everything that is inside, and 5 mm more on each side."""
     box = []
-    for axis, length in enumerate(inside.shape):
+    for axis, (length, spacing) in enumerate(zip(inside.shape, spacing_mm, strict=True)):
+        margin = math.ceil(5.0 / spacing)
         used = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
         first, last = (int(used[0]), int(used[-1])) if used.size else (0, length - 1)
-        box.append(slice(max(0, first - 4), min(length, last + 5)))
+        box.append(slice(max(0, first - margin), min(length, last + 1 + margin)))
     return box[0], box[1], box[2]
 
 

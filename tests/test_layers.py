@@ -24,7 +24,10 @@ FOLDERS = {
 }
 
 # A module may import what stands before it; parts import no other part.
-DATA = ("errors", "files", "architecture", "volume", "nifti", "segmentation", "bundle", "network")
+DATA = (
+    *("errors", "files", "architecture", "volume", "nifti", "segmentation"),
+    *("manifest", "container", "bundle", "network"),
+)
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
 SERVICE = ("report", "batch", "pacs", "cli", "__main__")
