@@ -5,13 +5,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 PYTEST := $(BIN)/pytest
-CORE_TESTS := tests/test_sliding_window.py tests/csrc
-
-# A folder with the package as setup.py's folder map will install it, made of links.
-define lay_out
-rm -rf $(1) && mkdir -p $(1)/mome_sdk
-ln -s $(CURDIR)/mome_sdk/* $(CURDIR)/export $(CURDIR)/training $(CURDIR)/benchmarks $(1)/mome_sdk
-endef
 
 .PHONY: demo test slow bench lint sanitize size fresh clean
 
@@ -30,27 +23,19 @@ bench: $(VENV)/bench
 	$(PYTEST) benchmarks --benchmark-json=build/benchmarks.json
 	$(BIN)/python -m mome_sdk.benchmarks.report build/benchmarks.json
 
+# mypy knows nothing of the folder map in setup.py: it reads links laid out as the package will be.
 lint: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(call lay_out,build/typed)
+	rm -rf build/typed && mkdir -p build/typed/mome_sdk
+	ln -s $(CURDIR)/mome_sdk/* $(CURDIR)/export $(CURDIR)/training $(CURDIR)/benchmarks build/typed/mome_sdk
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p mome_sdk
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp)
 
-# The tests of the core against a build that checks every access (ASan) and operation (UBSan). Python
-# itself leaks by design. The sanitizers' libraries must be the first in the process.
+# The tests of the core against a build that checks every access (ASan) and operation (UBSan).
 sanitize: $(VENV)/test
 	$(BIN)/pip install --quiet cmake pybind11
-	$(BIN)/cmake -S csrc -B build/sanitize -DCMAKE_BUILD_TYPE=RelWithDebInfo -DMOME_WERROR=ON \
-	  -DMOME_SANITIZE=address,undefined -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
-	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	$(BIN)/cmake --build build/sanitize --parallel
-	$(call lay_out,build/sanitized)
-	rm -f build/sanitized/mome_sdk/_core*.so
-	ln -s $(CURDIR)/build/sanitize/_core*.so build/sanitized/mome_sdk
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitized \
-	  $(PYTEST) -m "not gpu" $(CORE_TESTS)
+	PATH=$(CURDIR)/$(BIN):$$PATH tests/sanitize.sh $(BIN)/python
 
 # Installs an sdist with the default dependencies in a new environment and prints its size.
 size: $(VENV)/test

@@ -5,12 +5,12 @@
 set -eu
 
 cd "$(dirname "$0")/.."
-python=${1:-.venv/bin/python}
+python=$(realpath --no-symlinks "${1:-.venv/bin/python}")
 sanitizers=${MOME_SANITIZE:-address,undefined}
 build=build/sanitize-$(echo "$sanitizers" | tr , -)
 compiler=${CXX:-g++}
 
-# A package of links to the sources, but with a core of its own; PYTHONPATH puts it before the other.
+# A package of links to the sources, but with a core of its own.
 rm -rf "$build/package"
 mkdir -p "$build/package/mome_sdk"
 for file in mome_sdk/*; do
@@ -34,9 +34,14 @@ esac
 # The runtime must come first, and with it libstdc++, whose exceptions it intercepts. Python frees
 # little at its end, so leaks are not looked for. Announced memory cannot be compared under the
 # sanitizers, which keep what was freed.
-PYTHONPATH="$PWD/$build/package" \
-LD_PRELOAD="$("$compiler" -print-file-name=$runtime) $("$compiler" -print-file-name=libstdc++.so)" \
-ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:strict_string_checks=1 \
-UBSAN_OPTIONS=print_stacktrace=1 \
-    "$python" -m pytest -p no:cacheprovider -q tests/csrc tests/test_sliding_window.py \
+# The tests run in the folder of that package: with -m and -c, Python looks there first.
+root=$PWD
+cd "$build/package"
+LD_PRELOAD="$("$compiler" -print-file-name=$runtime) $("$compiler" -print-file-name=libstdc++.so)"
+ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:strict_string_checks=1
+UBSAN_OPTIONS=print_stacktrace=1
+export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS
+"$python" -c 'import os; from mome_sdk import _core; assert _core.__file__.startswith(os.getcwd())'
+"$python" -m pytest -p no:cacheprovider -q -c "$root/pyproject.toml" \
+    "$root/tests/csrc" "$root/tests/test_sliding_window.py" \
     --deselect tests/test_sliding_window.py::test_memory_is_what_was_announced
