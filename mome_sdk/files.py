@@ -49,6 +49,35 @@ def check_writable(path: Path) -> None:
             part.unlink(missing_ok=True)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, in one that exists, unless it is there already.
+
+    Raises:
+        InputError: `argument.output-folder`, there is no folder to make it in; `argument.output`,
+            it is a file, or cannot be made there.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError as error:
+        raise InputError(
+            "argument.output",
+            f"The output {str(folder)!r} is a file.",
+            hint="Name a folder: there are several files to write.",
+        ) from error
+    except FileNotFoundError as error:
+        raise InputError(
+            "argument.output-folder",
+            f"The output folder {str(folder.parent)!r} does not exist.",
+            hint="Create it, or name a folder in one that exists.",
+        ) from error
+    except OSError as error:
+        raise InputError(
+            "argument.output",
+            f"The folder {str(folder)!r} cannot be made: {error.strerror}.",
+            hint="Name a folder where you may write.",
+        ) from error
+
+
 def _part_of(path: Path) -> Path:
     """A hidden name beside `path` that no other process or thread uses."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")

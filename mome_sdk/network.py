@@ -1,7 +1,7 @@
 """MoME in PyTorch: expert U-Net, gating U-Net, fusion.
 
-Parameter names are those of the published files (nnU-Net 2.2, PlainConvUNet), so that a published state
-dict loads by a prefix alone. Inference needs this file only with the `torch` engine.
+Parameter names are those of the published files (nnU-Net 2.2, PlainConvUNet), so that a published
+state dict loads by a prefix alone. Inference needs this file only with the `torch` engine.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .architecture import Architecture
-
-LEAKY_SLOPE = 0.01  # PlainConvUNet
-NORM_EPS = 1e-5
+from mome_sdk.architecture import LEAKY_SLOPE, NORM_EPS, Architecture
 
 
 class ConvBlock(nn.Module):
@@ -55,7 +52,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """All stage outputs, full resolution first."""
+        """All stage outputs, full resolution first; `x` is (B, C, D, H, W)."""
         skips = []
         for stage in self.stages:
             x = stage(x)
@@ -113,7 +110,7 @@ class UNet(nn.Module):
 class MomeOutput(NamedTuple):
     """Lists run over levels, full resolution first; experts are stacked on axis 1.
 
-    fused: (B, N, D, H, W) logits; experts: (B, E, N, D, H, W) logits; gates: the same shape, linear.
+    fused: (B, N, D, H, W) logits; experts: (B, E, N, D, H, W) logits; gates: likewise, linear.
     """
 
     fused: list[Tensor]
@@ -124,9 +121,10 @@ class MomeOutput(NamedTuple):
 class MoME(nn.Module):
     """Mixture of modality experts (Zhang et al., MICCAI 2024).
 
-    At every level the fused logits are sum over experts of expert logits x gate maps; the gates carry no
-    activation and there is one per expert and class (as published in code; the paper draws one per expert).
-    The gating network sees the image and the experts' full-resolution first-stage features.
+    At every level the fused logits are the sum over experts of expert logits x gate maps; the gates
+    carry no activation and there is one per expert and class (as published in code; the paper draws
+    one per expert). The gating network sees the image and the experts' full-resolution first-stage
+    features. A network of one expert has no gate: its logits are the fused logits, the gates are 1.
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -135,20 +133,23 @@ class MoME(nn.Module):
         self.experts = nn.ModuleList(
             UNet(arch, arch.in_channels, arch.classes) for _ in range(arch.experts)
         )
-        self.gate = UNet(arch, arch.gate_in_channels, arch.gate_out_channels)
+        if arch.gated:
+            self.gate = UNet(arch, arch.gate_in_channels, arch.gate_out_channels)
 
     def forward(self, x: Tensor, levels: int = 1) -> MomeOutput:
-        """Evaluate every expert and the gate on windows (B, C, D, H, W) at the finest `levels` levels."""
+        """Experts, gates and their fusion on windows (B, C, D, H, W) at the finest `levels`."""
         per_expert, features = zip(*(expert(x, levels) for expert in self.experts), strict=True)
-        gate_levels, _ = self.gate(torch.cat((x, *features), dim=1), levels)
         experts = [torch.stack(maps, dim=1) for maps in zip(*per_expert, strict=True)]
+        if not self.arch.gated:
+            return MomeOutput(per_expert[0], experts, [torch.ones_like(e) for e in experts])
+        gate_levels, _ = self.gate(torch.cat((x, *features), dim=1), levels)
         gates = [g.reshape(e.shape) for g, e in zip(gate_levels, experts, strict=True)]
         fused = [fuse(e, g) for e, g in zip(experts, gates, strict=True)]
         return MomeOutput(fused, experts, gates)
 
 
 def fuse(experts: Tensor, gates: Tensor) -> Tensor:
-    """Fused logits (B, N, D, H, W) of expert logits and gates (B, E, N, D, H, W): their products' sum."""
+    """Fused logits (B, N, D, H, W): sum of expert logits x gates, both (B, E, N, D, H, W)."""
     return (experts * gates).sum(dim=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import math
 import struct
@@ -79,24 +80,31 @@ def read_nifti(path: str | Path) -> Volume:
 
 
 def open_nifti(path: str | Path) -> nib.Nifti1Image:
-    """The image of a NIfTI file, its header checked and its voxels not yet read.
+    """The image of a NIfTI file, its header checked and its voxels not yet scaled.
 
-    Raises: as `read_nifti`, except for what only the voxels show.
+    Raises: as `read_nifti`.
     """
     path = Path(path)
     try:
         header = _raw_header(path)
-        _check_size(path, header)
-        return _image(ArrayProxy(path, header, mmap=False), header)
+        needed = _checked_size(path, header)
+        voxels = io.BytesIO(_unpacked(path, needed)) if path.name.endswith(".gz") else path
+        return _image(ArrayProxy(voxels, header, mmap=False), header)
     except FileNotFoundError as error:
         raise InputError(
             "volume.missing", f"There is no file {str(path)!r}.", hint="Check its name."
         ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except gzip.BadGzipFile as error:
         raise InputError(
             "volume.format",
             f"{path.name!r} is named .nii.gz, but is no gzip file or a damaged one: {error}.",
             hint="Convert or copy the scan again.",
+        ) from error
+    except (EOFError, zlib.error) as error:
+        raise InputError(
+            "volume.truncated",
+            f"The gzip data of {path.name!r} are cut off or damaged: {error}.",
+            hint="Copy or convert the scan again.",
         ) from error
     except OSError as error:
         raise InputError(
@@ -113,18 +121,15 @@ def open_nifti(path: str | Path) -> nib.Nifti1Image:
 
 
 def volume_of(image: nib.Nifti1Image) -> Volume:
-    """The voxels and the affine of a nibabel NIfTI image, read and checked as in `read_nifti`."""
+    """The voxels and the affine of a nibabel NIfTI image, read and checked as in `read_nifti`.
+
+    An image made in memory keeps its float64 affine, which its header rounds to float32.
+    """
     grid = _checked_grid(image.header, image.shape)
-    try:
-        with np.errstate(over="ignore"):  # beyond float32: infinite, refused where it is used
-            array = image.get_fdata(caching="unchanged", dtype=np.float32)
-    except (EOFError, OSError, zlib.error, ValueError) as error:
-        raise InputError(
-            "volume.truncated",
-            f"The file ends or breaks before its last voxel: {' '.join(str(error).split())}.",
-            hint="It is cut off or damaged: copy or convert the scan again.",
-        ) from error
-    return Volume(array.reshape(grid.shape), grid.affine)
+    affine = grid.affine if image.affine is None else image.affine
+    with np.errstate(over="ignore"):  # beyond float32: infinite, refused where it is used
+        array = image.get_fdata(caching="unchanged", dtype=np.float32)
+    return Volume(array.reshape(grid.shape), affine)
 
 
 def write_nifti(
@@ -179,7 +184,7 @@ def _raw_header(path: Path) -> nib.Nifti1Header:
         block = stream.read(540)
     for endianness, (size, (magic, kind)) in itertools.product("<>", _KINDS.items()):
         if len(block) >= size and block[:4] == struct.pack(f"{endianness}i", size):
-            header = kind(block[:size], endianness=endianness, check=False)
+            header: nib.Nifti1Header = kind(block[:size], endianness=endianness, check=False)
             if bytes(header["magic"].item())[:3] == magic:
                 return header
     raise InputError(
@@ -190,18 +195,20 @@ def _raw_header(path: Path) -> nib.Nifti1Header:
     )
 
 
-def _check_size(path: Path, header: nib.Nifti1Header) -> None:
-    """Refuse more voxels than the file can hold, or than any scan has, before reading them."""
-    rank = int(header["dim"][0])
-    grid = _checked_grid(header, tuple(int(n) for n in header["dim"][1 : max(rank, 0) + 1]))
-    offset = float(header["vox_offset"])
-    if offset < header.single_vox_offset:
+def _checked_size(path: Path, header: nib.Nifti1Header) -> int:
+    """Bytes of header and voxels, before any are read.
+
+    Refuses more than the file can hold, and more than any scan has.
+    """
+    rank, offset = int(header["dim"][0]), float(header["vox_offset"])
+    if not 0 <= rank <= 7 or offset < header.single_vox_offset:
         raise InputError(
             "volume.format",
-            f"The voxels of {path.name!r} begin at byte {offset:g} by its header, which is "
-            f"{header.single_vox_offset} bytes long itself.",
-            hint="Convert the scan again.",
+            f"By its header {path.name!r} has {rank} axes and voxels from byte {offset:g} on.",
+            hint=f"At most 7 axes, and voxels behind the {header.single_vox_offset} bytes of the "
+            "header, are expected: convert the scan again.",
         )
+    grid = _checked_grid(header, tuple(int(n) for n in header["dim"][1 : rank + 1]))
     voxels = math.prod(grid.shape)
     needed = voxels * header.get_data_dtype().itemsize + offset
     size = path.stat().st_size
@@ -219,6 +226,18 @@ def _check_size(path: Path, header: nib.Nifti1Header) -> None:
             f"The image has {_times(grid.shape)} voxels, {voxels / 2**20:.0f} Mi.",
             hint=f"At most {_MOST_VOXELS // 2**20} Mi are read: resample the scan to 1 mm.",
         )
+    return int(needed)
+
+
+def _unpacked(path: Path, needed: int) -> bytes:
+    """The first `needed` bytes in a gzip file, which is read to its end for its checksum."""
+    with gzip.open(path, "rb") as stream:
+        data = stream.read(needed)
+        while stream.read(2**20):
+            pass
+    if len(data) < needed:
+        raise EOFError(f"it holds {len(data)} bytes, {needed} are announced")
+    return data
 
 
 def _checked_grid(header: nib.Nifti1Header, shape: tuple[int, ...]) -> Grid:
@@ -246,10 +265,13 @@ def _checked_grid(header: nib.Nifti1Header, shape: tuple[int, ...]) -> Grid:
             f"The voxels are of type {name}.",
             hint="Real numbers are expected: integers or floating point of at most 64 bits.",
         )
-    return Grid((shape[0], shape[1], shape[2]), _affine_of(header, shape))
+    grid = Grid((shape[0], shape[1], shape[2]), _affine_of(header))
+    if int(header["sform_code"]) > 0 and int(header["qform_code"]) > 0:
+        _check_agreement(header, grid)
+    return grid
 
 
-def _affine_of(header: nib.Nifti1Header, shape: tuple[int, ...]) -> NDArray[np.float64]:
+def _affine_of(header: nib.Nifti1Header) -> NDArray[np.float64]:
     """Array index to RAS mm by the sform if it has a code, else by the qform."""
     spacing = np.asarray(header["pixdim"][1:4], np.float64)
     if not (np.isfinite(spacing).all() and spacing.min() > 0):
@@ -265,22 +287,16 @@ def _affine_of(header: nib.Nifti1Header, shape: tuple[int, ...]) -> NDArray[np.f
             f"The header gives positions in units of code {units} (1 is metre, 3 is micron).",
             hint="Millimetres are expected: convert the header.",
         )
-    s_code, q_code = int(header["sform_code"]), int(header["qform_code"])
-    if s_code <= 0 and q_code <= 0:
-        raise GeometryError(
-            "geometry.no-orientation",
-            "The header does not say where the voxels are (sform and qform have code 0).",
-            hint="Left and right would be a guess: convert from DICOM again, or set the sform "
-            "yourself if you are sure of it.",
-        )
-    qform = _qform_of(header) if q_code > 0 else None
-    if s_code <= 0:
-        assert qform is not None
-        return qform
-    sform = np.asarray(header.get_sform(), np.float64)
-    if qform is not None and np.isfinite(sform).all():
-        _check_agreement(sform, s_code, qform, q_code, shape)
-    return sform
+    if int(header["sform_code"]) > 0:
+        return np.asarray(header.get_sform(), np.float64)
+    if int(header["qform_code"]) > 0:
+        return _qform_of(header)
+    raise GeometryError(
+        "geometry.no-orientation",
+        "The header does not say where the voxels are (sform and qform have code 0).",
+        hint="Left and right would be a guess: convert from DICOM again, or set the sform yourself "
+        "if you are sure of it.",
+    )
 
 
 def _qform_of(header: nib.Nifti1Header) -> NDArray[np.float64]:
@@ -294,33 +310,29 @@ def _qform_of(header: nib.Nifti1Header) -> NDArray[np.float64]:
         ) from error
 
 
-def _check_agreement(
-    sform: NDArray[np.float64],
-    s_code: int,
-    qform: NDArray[np.float64],
-    q_code: int,
-    shape: tuple[int, ...],
-) -> None:
+def _check_agreement(header: nib.Nifti1Header, grid: Grid) -> None:
     """Refuse forms that mirror each other, or claim the same space and differ by over 1 mm.
 
     Forms of different codes may differ by a rotation and a shift (scanner and MNI, say); none of
     the spaces is mirrored, so opposite handedness means that one of them has left and right wrong.
     """
-    if np.linalg.det(sform[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
+    qform = _qform_of(header)
+    if np.linalg.det(grid.affine[:3, :3]) * np.linalg.det(qform[:3, :3]) < 0:
         raise GeometryError(
             "geometry.forms-disagree",
             "The sform of the header mirrors its qform: one has left and right exchanged.",
             hint="Correct the wrong one, or convert the scan again.",
         )
-    if s_code == q_code and s_code in _ONE_SPACE_CODES:
-        corners = np.array(list(itertools.product(*((0, n - 1) for n in shape[:3]))), np.float64)
-        moved = corners @ (sform - qform)[:3, :3].T + (sform - qform)[:3, 3]
-        apart_mm = float(np.linalg.norm(moved, axis=1).max())
+    code = int(header["sform_code"])
+    if code == int(header["qform_code"]) and code in _ONE_SPACE_CODES:
+        corners = list(itertools.product(*((0, length - 1) for length in grid.shape)))
+        apart = grid.to_mm(corners) - Grid(grid.shape, qform).to_mm(corners)
+        apart_mm = float(np.linalg.norm(apart, axis=1).max())
         if apart_mm > 1.0:
             raise GeometryError(
                 "geometry.forms-disagree",
-                f"The sform and the qform of the header both have code {s_code}, but place a "
-                f"corner of the image {apart_mm:.1f} mm apart.",
+                f"The sform and the qform of the header both have code {code}, but place a corner "
+                f"of the image {apart_mm:.1f} mm apart.",
                 hint="Correct the wrong one, or convert the scan again.",
             )
 
@@ -337,7 +349,8 @@ def _header_for(volume: Volume, source: Source | None) -> nib.Nifti1Header:
         header.set_qform(volume.affine, code="aligned", strip_shears=True)
         header.set_sform(volume.affine, code="aligned")
         return header
-    if not _checked_grid(like, volume.array.shape).matches(volume.grid):
+    # 1e-3 mm: a header holds the affine in float32.
+    if not _checked_grid(like, volume.array.shape).matches(volume.grid, tolerance=1e-3):
         raise GeometryError(
             "geometry.foreign-source",
             "The volume to write is not on the grid of its source image.",

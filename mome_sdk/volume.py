@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mome_sdk import _core
 from mome_sdk.errors import GeometryError, InputError
 
 Index3: TypeAlias = tuple[int, int, int]
@@ -263,8 +264,6 @@ class Volume:
             Volume of `grid.shape` and this volume's type. Nothing is smoothed before a coarser
             grid is sampled, as in the published preparation.
         """
-        from mome_sdk import _core
-
         here_from_there = np.linalg.inv(self.affine) @ grid.affine
         source = np.ascontiguousarray(self.array)
         array = _core.resample(source, here_from_there, grid.shape, mode, fill)

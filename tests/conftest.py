@@ -7,8 +7,18 @@ import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
+from numpy.typing import NDArray
+from phantom import BrightEngine
+
+from mome_sdk.architecture import Architecture
+from mome_sdk.bundle import ModelBundle, create_bundle
+from mome_sdk.export.onnx import write_onnx
+from mome_sdk.segmenter import Segmenter
+
+TINY = Architecture((4, 8, 8), (1, 2, 2), (2, 2, 2), (2, 2))
 
 # Drawn from the test's name, not from a clock or an earlier run: every machine sees the same cases.
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None)
@@ -46,6 +56,54 @@ def require_root() -> None:
     """Skip where the test may not mount file systems or change users."""
     if os.geteuid() != 0:
         pytest.skip("This test mounts file systems or changes users: run it as root.")
+
+
+def random_tensors(architecture: Architecture, seed: int = 0) -> dict[str, NDArray[np.float32]]:
+    """Weights at the scale that keeps a signal's size; nothing is zero or one by default."""
+    draw = np.random.default_rng(seed).normal
+    return {
+        name: draw(
+            1.0 if name.endswith("norm.weight") else 0.0,
+            0.1 if len(shape) < 2 else np.sqrt(2.0 / np.prod(shape[1:])),
+            shape,
+        ).astype(np.float32)
+        for name, shape in architecture.tensor_shapes().items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    """A random MoME of 3 stages and 4 features, window 16^3, that every engine runs."""
+    return create_bundle(
+        tmp_path_factory.mktemp("bundles") / "tiny",
+        TINY,
+        random_tensors(TINY),
+        name="tiny",
+        patch=(16, 16, 16),
+        blend="exact",
+        training={"source": "random numbers"},
+        graph=write_onnx,
+    )
+
+
+@pytest.fixture(scope="session")
+def whole_head_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    """The same, whose one window is the whole model grid."""
+    return create_bundle(
+        tmp_path_factory.mktemp("bundles") / "whole",
+        TINY,
+        random_tensors(TINY),
+        name="whole head",
+        patch=(160, 196, 160),
+        blend="exact",
+        training={"source": "random numbers"},
+    )
+
+
+@pytest.fixture
+def bright_segmenter(whole_head_bundle: ModelBundle) -> Segmenter:
+    """Calls bright voxels lesion, of any image in the space of MNI152."""
+    return Segmenter(whole_head_bundle, BrightEngine())
 
 
 def pytest_configure() -> None:

@@ -1,0 +1,526 @@
+"""The command `mome`: what users type, said and answered in one place."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from mome_sdk import _core
+from mome_sdk.bundle import ModelBundle
+from mome_sdk.engines import ENGINES
+from mome_sdk.errors import InputError, MomeError
+from mome_sdk.files import check_writable, make_folder, write_file
+from mome_sdk.nifti import NOTICE, read_nifti
+from mome_sdk.report import lesion_table, picture, report
+from mome_sdk.segmentation import Segmentation
+from mome_sdk.segmenter import MIRRORS, SPACES, Segmenter
+
+DONE, DEFECT, REFUSED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
+
+_EXAMPLE = Path(__file__).parent / "data" / "example"
+_DELEGATED = ("train", "evaluate", "synth")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status: 0, 1, 2, 3 or 130 as in the README."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    try:
+        status = _dispatch(arguments)
+        sys.stdout.flush()
+    except MomeError as error:
+        status = _refuse(error, debug=debug)
+    except MemoryError as error:
+        problem = MomeError(
+            "engine.out-of-memory",
+            f"There is not enough memory ({error}).",
+            hint="Free some, or use a smaller --batch.",
+        )
+        status = _refuse(problem, debug=debug)
+    except KeyboardInterrupt:
+        print("mome: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone; without this Python complains once more while it shuts down.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = BROKEN_PIPE
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(
+            f"mome: defect: {type(error).__name__}: {_one_line(error)} This is a mistake of ours: "
+            "please report it with the output of --debug.",
+            file=sys.stderr,
+        )
+        status = DEFECT
+    return status
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments and arguments[0] in _DELEGATED:
+        from mome_sdk.training.__main__ import main as training_main
+
+        return int(training_main(arguments))
+    options = _parser().parse_args(arguments)
+    if options.command is None:
+        _parser().print_help(sys.stderr)
+        return REFUSED
+    run: Callable[[argparse.Namespace], int] = options.run
+    return run(options)
+
+
+def _refuse(error: MomeError, *, debug: bool, about: str = "") -> int:
+    """Say in one line what is wrong."""
+    if debug:
+        traceback.print_exc()
+    text = f"{about}{error.message} {error.hint}".strip()
+    print(f"mome: error [{error.code}]: {_one_line(text)}", file=sys.stderr)
+    return REFUSED
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is one line like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(
+            "argument.usage", f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} -h`."
+        )
+
+
+def _parser() -> _Parser:
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    common.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser = _Parser(
+        prog="mome",
+        parents=[common],
+        description=f"Brain lesion masks from one MR image of any modality. {NOTICE}.",
+        epilog="Exit status: 0 done; 2 wrong usage or unusable input, said in one line; 3 some of "
+        "several inputs failed; 130 interrupted; 1 a mistake of ours.",
+    )
+    parser.add_argument("--version", action="version", version=f"mome {version('mome-sdk')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> _Parser:
+        description = f"{summary[:1].upper()}{summary[1:]}."
+        command: _Parser = commands.add_parser(
+            name, parents=[common], help=summary, description=description, allow_abbrev=False
+        )
+        command.set_defaults(run=run)
+        return command
+
+    demo = add("demo", _demo, "segment the bundled example with the bundled demonstration model")
+    demo.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("demo-out"),
+        help="folder for mask, picture and report (default: demo-out)",
+    )
+    _add_predict_options(add("predict", _predict, "find lesions in brain MR images"))
+    importing = add(
+        "import", _import, "turn the authors' checkpoint files, or a run, into a bundle"
+    )
+    importing.add_argument("folder", metavar="DIR", type=Path, help="the folder of the files")
+    importing.add_argument(
+        "-o",
+        "--output",
+        metavar="BUNDLE",
+        type=Path,
+        required=True,
+        help="folder or .zip to write",
+    )
+    inspect = add("inspect", _inspect, "say what a bundle is: shapes, provenance, sha256")
+    inspect.add_argument("path", metavar="PATH", help="bundle folder or .zip, or demo")
+    add("doctor", _doctor, "say what this machine offers, what is missing and how to add it")
+    for name, summary in {
+        "train": "train experts and then the mixture, from a TOML file",
+        "evaluate": "measure training runs or bundles on a test split",
+        "synth": "make synthetic lesions for training",
+    }.items():
+        commands.add_parser(name, help=summary)
+    return parser
+
+
+def _add_predict_options(predict: _Parser) -> None:
+    predict.usage = "mome predict INPUT... -o OUT [options]"
+    predict.formatter_class = argparse.RawDescriptionHelpFormatter
+    predict.description = (
+        "Find lesions in brain MR images; each mask lies on the grid of its own image.\n"
+        "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI."
+    )
+    option = predict.add_argument
+    option("inputs", metavar="INPUT", type=Path, nargs="+", help="one image or several")
+    option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        type=Path,
+        required=True,
+        help="mask to write, for one INPUT; a folder, for several: OUT/NAME.nii.gz for each. "
+        "What is there already is replaced, but never an INPUT",
+    )
+    option(
+        "--model",
+        metavar="BUNDLE",
+        default="demo",
+        help="bundle folder or .zip (default: the bundled demonstration model)",
+    )
+    option(
+        "--space",
+        choices=SPACES,
+        default="mni",
+        help="mni (default): registered to MNI152, any grid; model: on the model's grid, "
+        "already cropped",
+    )
+    option(
+        "--engine",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help="auto (default: the fastest present), " + ", ".join(ENGINES),
+    )
+    option("--device", default="cpu", help="cpu (default), or cuda:0 with the torch engine")
+    option(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="fp32 (default), or bf16 where engine and processor have it",
+    )
+    option(
+        "--mirror",
+        choices=tuple(MIRRORS),
+        default="none",
+        help="none (default); all: average the 8 mirrored copies, as the authors do: 8 times "
+        "the work",
+    )
+    option(
+        "--step",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="distance of windows in parts of the patch, over 0 to 1 (default: 0.5)",
+    )
+    option(
+        "--blend",
+        choices=("exact", "authors"),
+        default=None,
+        help="window weights: exact, or the authors' half-precision ones (default: what the "
+        "bundle says)",
+    )
+    option(
+        "--batch",
+        type=_batch,
+        default="auto",
+        metavar="N",
+        help="windows per call of the engine, or auto (default)",
+    )
+    option(
+        "--threads",
+        type=int,
+        default=None,
+        metavar="N",
+        help="most threads (default: MOME_THREADS, or all cores)",
+    )
+    option(
+        "--probability",
+        action="store_true",
+        help="also write the lesion probability, NAME_probability.nii.gz",
+    )
+    option(
+        "--report",
+        action="store_true",
+        help="also write a picture, NAME.png, and a report, NAME.html",
+    )
+    option(
+        "--json",
+        action="store_true",
+        help="print one JSON object per INPUT on standard output, and nothing else",
+    )
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One input and the files to write for it."""
+
+    image: Path
+    mask: Path
+    probability: Path | None = None
+    picture: Path | None = None
+    report: Path | None = None
+
+    @property
+    def outputs(self) -> dict[str, Path | None]:
+        return {
+            "output": self.mask,
+            "probability": self.probability,
+            "picture": self.picture,
+            "report": self.report,
+        }
+
+
+def _predict(options: argparse.Namespace) -> int:
+    jobs = _jobs(options)
+    with Segmenter(
+        options.model,
+        options.engine,
+        device=options.device,
+        precision=options.precision,
+        space=options.space,
+        mirror=options.mirror,
+        step=options.step,
+        blend=options.blend,
+        batch=options.batch,
+        threads=options.threads,
+    ) as segmenter:
+        failed = [job for job in jobs if not _predict_one(segmenter, job, options, len(jobs))]
+    if not failed:
+        return DONE
+    return SOME_FAILED if len(failed) < len(jobs) else REFUSED
+
+
+def _predict_one(segmenter: Segmenter, job: _Job, options: argparse.Namespace, inputs: int) -> bool:
+    """Segment one input and write its files; False, and one line said, when it cannot be used."""
+    files = {name: str(path) if path else None for name, path in job.outputs.items()}
+    try:
+        with _Progress(job.image.name) as progress:
+            result = segmenter.predict(job.image, progress, shares=options.report)
+        _write(job, result)
+    except MomeError as error:
+        about = f"{job.image.name}: " if inputs > 1 else ""
+        _refuse(error, debug="debug" in options, about=about)
+        if options.json:
+            said = {"code": error.code, "message": error.message, "hint": error.hint}
+            _print_json({"input": str(job.image), "error": said})
+        return False
+    if options.json:
+        _print_json({"input": str(job.image), **files, **result.as_json()})
+    else:
+        _print_result(job, result, verbose="verbose" in options)
+    return True
+
+
+def _write(job: _Job, result: Segmentation) -> None:
+    result.save(job.mask)
+    if job.probability is not None:
+        result.save_probability(job.probability)
+    if job.picture is not None and job.report is not None:
+        png = picture(read_nifti(job.image), result)
+        write_file(job.picture, png)
+        write_file(job.report, report(result, png, title=job.image.name).encode("utf-8"))
+
+
+def _jobs(options: argparse.Namespace) -> list[_Job]:
+    """What to read and write, checked as far as can be known before any work."""
+    inputs: list[Path] = options.inputs
+    if len(inputs) == 1:
+        jobs = [_job(inputs[0], options.output, options)]
+    else:
+        folder: Path = options.output
+        make_folder(folder)
+        jobs = [_job(path, folder / f"{_stem(path)}.nii.gz", options) for path in inputs]
+    seen: dict[Path, Path] = {}
+    images = {path.resolve(): path for path in inputs}
+    for job in jobs:
+        for path in filter(None, job.outputs.values()):
+            if path.resolve() in seen:
+                raise InputError(
+                    "argument.output",
+                    f"{str(path)!r} would be written for {str(seen[path.resolve()])!r} and for "
+                    f"{str(job.image)!r}.",
+                    hint="Inputs with the same name need a folder each.",
+                )
+            if path.resolve() in images:
+                raise InputError(
+                    "argument.output",
+                    f"The output {str(path)!r} is the input image itself.",
+                    hint="Scans are never overwritten: name another file or folder.",
+                )
+            check_writable(path)
+            seen[path.resolve()] = job.image
+    return jobs
+
+
+def _job(image: Path, mask: Path, options: argparse.Namespace) -> _Job:
+    if not mask.name.endswith((".nii", ".nii.gz")):
+        raise InputError(
+            "argument.output",
+            f"The output for one input is named {str(mask)!r}.",
+            hint="A file whose name ends in .nii or .nii.gz is expected.",
+        )
+    base = mask.with_name(_stem(mask))
+    return _Job(
+        image,
+        mask,
+        probability=base.with_name(f"{base.name}_probability.nii.gz")
+        if options.probability
+        else None,
+        picture=base.with_name(f"{base.name}.png") if options.report else None,
+        report=base.with_name(f"{base.name}.html") if options.report else None,
+    )
+
+
+def _stem(path: Path) -> str:
+    """The file's name without .nii or .nii.gz."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+class _Progress:
+    """Windows done, on standard error: a bar on a terminal, a line per quarter elsewhere."""
+
+    _WIDTH = 30
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._quarter = 0
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            filled = self._WIDTH * done // total
+            bar = "#" * filled + "-" * (self._WIDTH - filled)
+            print(f"\r{self._name} [{bar}] {done}/{total}", end="", file=sys.stderr, flush=True)
+        elif 4 * done // total > self._quarter:
+            self._quarter = 4 * done // total
+            print(f"{self._name}: {done} of {total} windows", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _print_result(job: _Job, result: Segmentation, *, verbose: bool) -> None:
+    written = ", ".join(str(path) for path in job.outputs.values() if path)
+    made = result.provenance
+    print(
+        f"{job.image} -> {written}\n"
+        f"{len(result.lesions)} lesions, {result.volume_ml:.3f} mL; "
+        f"{sum(result.timings.values()):.1f} s with {made['engine']}, {made['precision']}, "
+        f"{made['windows']} windows, mirroring {made['mirror']}. {NOTICE}.",
+        flush=True,
+    )
+    if result.lesions:
+        print(lesion_table(result.lesions), flush=True)
+    if verbose:
+        for name, value in {**result.timings, **made}.items():
+            print(
+                f"  {name}: {value:.3f} s" if name in result.timings else f"  {name}: {value}",
+                file=sys.stderr,
+            )
+
+
+def _demo(options: argparse.Namespace) -> int:
+    folder: Path = options.output
+    make_folder(folder)
+    job = _Job(
+        _EXAMPLE / "flair.nii.gz",
+        folder / "lesions.nii.gz",
+        picture=folder / "lesions.png",
+        report=folder / "lesions.html",
+    )
+    for path in filter(None, job.outputs.values()):
+        check_writable(path)
+    with Segmenter("demo") as segmenter, _Progress("demo") as progress:
+        result = segmenter.predict(job.image, progress, shares=True)
+    _write(job, result)
+    known = read_nifti(_EXAMPLE / "lesion.nii.gz").array > 0
+    print(f"Demonstration model and generated example. {NOTICE}.\n")
+    print(lesion_table(result.lesions))
+    print(f"\nlesions  {len(result.lesions):>8}\nvolume   {result.volume_ml:>8.2f} mL")
+    print(f"Dice     {_dice(result.mask > 0, known):>8.3f}    against the example's known mask\n")
+    for stage, seconds in result.timings.items():
+        print(f"{stage:<9}{seconds:>8.2f} s")
+    made = result.provenance
+    print(
+        f"\n{made['engine']}, {made['precision']}, {made['windows']} windows, mirroring "
+        f"{made['mirror']}.\nWritten: "
+        + ", ".join(str(path) for path in job.outputs.values() if path)
+    )
+    return DONE
+
+
+def _dice(found: np.ndarray, known: np.ndarray) -> float:
+    both = int(np.count_nonzero(found & known))
+    either = int(np.count_nonzero(found)) + int(np.count_nonzero(known))
+    return 2.0 * both / either if either else 1.0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from mome_sdk.export.checkpoint import import_checkpoint
+
+    _print_bundle(import_checkpoint(options.folder, options.output))
+    return DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    _print_bundle(ModelBundle.load(options.path))
+    return DONE
+
+
+def _print_bundle(bundle: ModelBundle) -> None:
+    architecture = bundle.architecture
+    rows = {
+        "name": bundle.name,
+        "path": bundle.path,
+        "sha256": bundle.sha256,
+        "modalities": ", ".join(bundle.modalities),
+        "classes": ", ".join(bundle.classes),
+        "features": ", ".join(str(n) for n in architecture.features),
+        "parameters": f"{sum(t.size for t in bundle.tensors.values()):,}",
+        "patch": " x ".join(str(n) for n in bundle.patch) + " voxels",
+        "spacing": " x ".join(f"{mm:g}" for mm in bundle.spacing_mm) + " mm",
+        "axes": bundle.axes,
+        "grid": " x ".join(str(n) for n in bundle.grid.shape) + " voxels",
+        "blend": bundle.blend,
+        "licence": bundle.licence,
+        "notice": bundle.notice,
+    }
+    for name, value in rows.items():
+        print(f"{name:<12}{_one_line(value)}")
+    print(f"{'training':<12}{json.dumps(bundle.manifest.get('training'), indent=2)}")
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    print(
+        f"mome         {version('mome-sdk')}, Python {platform.python_version()}, "
+        f"{platform.system()} {platform.machine()}"
+    )
+    features = ", ".join(name for name, present in _core.cpu_features().items() if present)
+    print(f"processor    {features or 'no instruction set that the core looks for'}")
+    print(f"threads      {_core.default_threads()} (MOME_THREADS changes it)")
+    for name in ENGINES:
+        try:
+            print(f"{name:<12} {version(name)}")
+        except PackageNotFoundError:
+            print(f'{name:<12} missing: pip install "mome-sdk[{name}]"')
+    try:
+        print(f"demo model   {ModelBundle.load('demo').sha256[:12]}, complete")
+    except MomeError as error:
+        print(f"demo model   {error}")
+    return DONE

@@ -1,0 +1,54 @@
+"""Intensities as the network expects them: z-score over the whole volume, background included."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mome_sdk import _core
+from mome_sdk.errors import InputError
+from mome_sdk.volume import Volume
+
+
+def check_intensities(volume: Volume) -> None:
+    """Refuse an image whose voxels are not all finite or hold one value only.
+
+    Raises:
+        InputError: `volume.not-finite`, `volume.constant`.
+    """
+    finite = np.isfinite(volume.array)
+    if not finite.all():
+        missing = volume.array.size - int(np.count_nonzero(finite))
+        raise InputError(
+            "volume.not-finite",
+            f"{missing} of {volume.array.size} voxels are NaN or infinite.",
+            hint="Numbers are expected everywhere: convert the scan again, or set what they are.",
+        )
+    first = volume.array.flat[0]
+    if (volume.array == first).all():
+        raise InputError(
+            "volume.constant",
+            f"All {volume.array.size} voxels hold the value {first:g}.",
+            hint="There is nothing to see in this image: name the scan itself.",
+        )
+
+
+def normalise(volume: Volume) -> Volume:
+    """The volume with mean 0 and standard deviation 1 over all its voxels, float32.
+
+    Mean and population deviation are taken over the whole array, background included, as the
+    published network was trained (nnU-Net's ZScoreNormalization without a mask). A z-score of the
+    brain alone is another input.
+    """
+    return Volume(_core.zscore(np.ascontiguousarray(volume.array, np.float32)), volume.affine)
+
+
+def background_of(volume: Volume) -> float:
+    """The value of the air around the head: the most frequent one on the six faces of the box.
+
+    Not the corners: real files hold interpolation artefacts there. An image without a constant
+    background has no such value; what comes back is then as good as any.
+    """
+    array = volume.array
+    faces = [array[[0, -1]], array[:, [0, -1]], array[:, :, [0, -1]]]
+    values, counts = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    return float(values[counts.argmax()])

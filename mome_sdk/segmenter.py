@@ -1,0 +1,293 @@
+"""Segmenter: image in, segmentation on the same grid out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, TypeAlias
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import SpatialImage
+from numpy.typing import ArrayLike, NDArray
+
+from mome_sdk import _core
+from mome_sdk.bundle import ModelBundle
+from mome_sdk.engines import Engine, open_engine
+from mome_sdk.errors import EngineError, InputError
+from mome_sdk.nifti import Source, open_nifti, volume_of
+from mome_sdk.preprocess.pipeline import SPACES, Space, prepare, restore
+from mome_sdk.segmentation import Segmentation
+from mome_sdk.sliding_window import SlidingWindow
+from mome_sdk.volume import Volume
+
+Image: TypeAlias = Volume | str | Path | SpatialImage | tuple[ArrayLike, ArrayLike]
+Progress: TypeAlias = Callable[[int, int], object]
+
+# Axes (D, H, W) over which windows are mirrored; every combination is averaged, eight with "all".
+Mirror: TypeAlias = Literal["none", "all"]
+MIRRORS: dict[Mirror, tuple[int, ...]] = {"none": (), "all": (0, 1, 2)}
+
+
+class Segmenter:
+    """A model, an engine that runs it, and how; segments any number of images.
+
+    Threads may share one Segmenter: nothing in it changes after construction.
+
+    Args:
+        model: "demo", the folder or .zip of a bundle, or a ModelBundle.
+        engine: "auto" for the fastest engine present, the name of one, or an Engine of your own.
+        device: "cpu", or "cuda:0" for an engine that has it.
+        precision: "fp32", or another that the engine has.
+        space: What grids the images are on: "mni", in the template's space, resampled to the
+            model's grid and back; "model", on the model's own grid already.
+        mirror: "none", or "all" to average over the eight mirrored copies of every window, which
+            is the authors' setting and eight times the work.
+        step: Distance of windows in parts of the patch, over 0 to 1.
+        blend: "exact" or "authors" window weights; None takes what the bundle says.
+        batch: Windows per call of the engine, or "auto".
+        threads: Most threads to use; None takes MOME_THREADS or all cores.
+
+    Raises:
+        BundleError: the model cannot be loaded.
+        EngineError: the engine is missing, or lacks the device or the precision.
+        InputError: `argument.*`: an option has no such value.
+
+    No option is ever replaced by another one; `Segmentation.provenance` names them all.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | ModelBundle = "demo",
+        engine: str | Engine = "auto",
+        *,
+        device: str = "cpu",
+        precision: str = "fp32",
+        space: Space = "mni",
+        mirror: Mirror = "none",
+        step: float = 0.5,
+        blend: str | None = None,
+        batch: int | Literal["auto"] = "auto",
+        threads: int | None = None,
+    ) -> None:
+        _check_choice("space", space, SPACES)
+        _check_choice("mirror", mirror, tuple(MIRRORS))
+        self.bundle = model if isinstance(model, ModelBundle) else ModelBundle.load(model)
+        self.space = space
+        self.mirror = mirror
+        self.windows = SlidingWindow(
+            self.bundle.patch,
+            step=step,
+            mirror=MIRRORS[mirror],
+            blend=blend or self.bundle.blend,
+            batch=batch,
+            threads=threads,
+        )
+        self._owns_engine = isinstance(engine, str)
+        self.engine = (
+            open_engine(self.bundle, engine, device=device, precision=precision, threads=threads)
+            if isinstance(engine, str)
+            else _matching(engine, device, precision)
+        )
+        self._open = True
+
+    def predict(
+        self, image: Image, progress: Progress | None = None, *, shares: bool = False
+    ) -> Segmentation:
+        """Find the lesions of one image.
+
+        Args:
+            image: A Volume, the path of a .nii or .nii.gz file, a nibabel image, or an array
+                (I, J, K) with its 4x4 affine to RAS mm. Any axis order; one modality.
+            progress: Called with windows done and windows in all, on the thread that called
+                `predict`. An exception from it cancels the work and comes back to the caller.
+            shares: Also measure each expert's share in the result (`expert_share`).
+
+        Returns:
+            Mask and probability on the image's own grid, with timings (read, prepare, network,
+            restore; s) and provenance.
+
+        Raises:
+            InputError, GeometryError: the image cannot be used; see `read_nifti` and `prepare`.
+            EngineError: the engine did not work, or this Segmenter is closed.
+        """
+        timings: dict[str, float] = {}
+        with _timed(timings, "read"):
+            volume, source = _opened(image)
+        with _timed(timings, "prepare"):
+            prepared = prepare(volume, self.bundle, self.space)
+        with _timed(timings, "network"):
+            normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
+            logits, raw_shares = self._run(normalised, progress, shares=shares)
+        with _timed(timings, "restore"):
+            mask, probability = restore(_core.softmax(logits), prepared)
+            expert_share = None
+            if raw_shares is not None:
+                found = _core.argmax(logits) != 0
+                expert_share = _mean_shares(
+                    raw_shares, {"lesion": found, "brain": prepared.brain}, self.bundle.modalities
+                )
+        return Segmentation(
+            mask=mask,
+            affine=volume.affine,
+            probability=probability,
+            expert_share=expert_share,
+            timings=timings,
+            provenance=self._provenance(prepared.volume.array.shape),
+            source=source,
+        )
+
+    def logits(self, x: ArrayLike, progress: Progress | None = None) -> NDArray[np.float32]:
+        """Fused logits of an image that is prepared already.
+
+        Args:
+            x: (C, D, H, W) float32, normalised, on the model's grid, axes as the bundle's (SAR).
+            progress: As for `predict`.
+
+        Returns:
+            (N, D, H, W) float32: windows, mirrored copies and blending as this Segmenter is set.
+
+        Raises:
+            InputError: `argument.image`, other axes or channels; `volume.not-finite`.
+            EngineError: as `predict`.
+        """
+        array = np.ascontiguousarray(x, dtype=np.float32)
+        channels = self.bundle.architecture.in_channels
+        if array.ndim != 4 or array.shape[0] != channels or array.size == 0:
+            raise InputError(
+                "argument.image",
+                f"The array has shape {array.shape}.",
+                hint=f"({channels}, D, H, W) is expected.",
+            )
+        if not np.isfinite(array).all():
+            raise InputError(
+                "volume.not-finite",
+                "The array holds NaN or infinite values.",
+                hint="Numbers are expected everywhere.",
+            )
+        return self._run(array, progress, shares=False)[0]
+
+    def close(self) -> None:
+        """Free the engine. Closing twice does nothing; an Engine of your own is left to you."""
+        if self._open and self._owns_engine:
+            self.engine.close()
+        self._open = False
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(
+        self, image: NDArray[np.float32], progress: Progress | None, *, shares: bool
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        if not self._open:
+            raise EngineError(
+                "engine.closed", "This Segmenter is closed.", hint="Make a new one to go on."
+            )
+        if shares:
+            return self.windows.run_with_shares(self.engine, image, progress=progress)
+        return self.windows.run(self.engine, image, progress=progress), None
+
+    def _provenance(self, shape: tuple[int, ...]) -> dict[str, Any]:
+        """What made the result, as JSON values. Nothing of the image's header or name is in it."""
+        per_axis = self.windows.starts(shape)
+        return {
+            "mome_sdk": version("mome-sdk"),
+            "bundle": self.bundle.name,
+            "bundle_sha256": self.bundle.sha256,
+            "licence": self.bundle.licence,
+            "notice": self.bundle.notice,
+            "modalities": list(self.bundle.modalities),
+            "classes": list(self.bundle.classes),
+            "engine": self.engine.name,
+            "device": self.engine.device,
+            "precision": self.engine.precision,
+            "space": self.space,
+            "mirror": self.mirror,
+            "step": self.windows.step,
+            "blend": self.windows.blend,
+            "batch": self.windows.batch,
+            "threads": self.windows.threads,
+            "patch": list(self.windows.patch),
+            "windows": len(per_axis[0]) * len(per_axis[1]) * len(per_axis[2]),
+        }
+
+
+def _opened(image: Image) -> tuple[Volume, Source | None]:
+    """The voxels of whatever was given, and the NIfTI header that a mask will repeat."""
+    if isinstance(image, Volume):
+        return image, None
+    if isinstance(image, str | Path):
+        opened = open_nifti(image)
+        return volume_of(opened), Source(opened.header, Path(image))
+    if isinstance(image, nib.Nifti1Image):  # Nifti2Image is one
+        return volume_of(image), Source(image.header)
+    if isinstance(image, SpatialImage):
+        return Volume(np.asarray(image.dataobj), image.affine), None
+    if isinstance(image, tuple) and len(image) == 2:
+        array, affine = image
+        return Volume(np.asarray(array), np.asarray(affine)), None
+    raise InputError(
+        "argument.image",
+        f"The image is a {type(image).__name__}.",
+        hint="A Volume, a path, a nibabel image or a pair of array and affine is expected.",
+    )
+
+
+def _mean_shares(
+    shares: NDArray[np.float32],
+    regions: Mapping[str, NDArray[np.bool_]],
+    modalities: tuple[str, ...],
+) -> dict[str, dict[str, float | None]]:
+    """Mean over each region of the experts' shares (E, D, H, W), made to sum to 1 at every voxel.
+
+    None for a region without voxels. Voxels where no expert says anything are left out.
+    """
+    total = shares.sum(axis=0)
+    result: dict[str, dict[str, float | None]] = {modality: {} for modality in modalities}
+    for region, inside in regions.items():
+        chosen = inside & (total > 0)
+        parts = shares[:, chosen].astype(np.float64) / total[chosen]
+        for modality, part in zip(modalities, parts, strict=True):
+            result[modality][region] = float(part.mean()) if part.size else None
+    return result
+
+
+def _matching(engine: Engine, device: str, precision: str) -> Engine:
+    """The caller's own engine, if it is what the other arguments say."""
+    if (engine.device, engine.precision) != (device, precision):
+        raise EngineError(
+            "engine.conflict",
+            f"The engine runs on {engine.device} in {engine.precision}, the arguments say "
+            f"{device} and {precision}.",
+            hint="Give the same device and precision.",
+        )
+    return engine
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(
+            f"argument.{option}",
+            f"The {option} is {value!r}.",
+            hint=f"It is one of: {', '.join(choices)}.",
+        )
+
+
+@contextmanager
+def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
+    """Note the seconds of a stage."""
+    start = time.perf_counter()
+    yield
+    timings[stage] = time.perf_counter() - start
