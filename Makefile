@@ -23,7 +23,7 @@ bench: $(VENV)/bench
 	$(PYTEST) benchmarks --benchmark-json=build/benchmarks.json
 	$(BIN)/python -m mome_sdk.benchmarks.report build/benchmarks.json
 
-# mypy knows nothing of the folder map in setup.py: it reads the package as it will be installed.
+# mypy knows nothing of the folder map in setup.py: it reads links laid out as the package will be.
 lint: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -31,6 +31,11 @@ lint: $(VENV)/test
 	ln -s $(CURDIR)/mome_sdk/* $(CURDIR)/export $(CURDIR)/training $(CURDIR)/benchmarks build/typed/mome_sdk
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p mome_sdk
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp)
+
+# The tests of the core against a build that checks every access (ASan) and operation (UBSan).
+sanitize: $(VENV)/test
+	$(BIN)/pip install --quiet cmake pybind11
+	PATH=$(CURDIR)/$(BIN):$$PATH tests/sanitize.sh $(BIN)/python
 
 # Installs an sdist with the default dependencies in a new environment and prints its size.
 size: $(VENV)/test

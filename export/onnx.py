@@ -1,8 +1,8 @@
 """A bundle's network as an ONNX graph, written node by node: no tracing and no PyTorch.
 
 The graph holds no weights: its initializers point into the bundle's weights file by offset, so that
-a bundle has every weight once. Only the full-resolution output is computed; the heads of the coarser
-levels serve training alone and are left out.
+a bundle has every weight once. Only the full-resolution output is computed; the heads of the
+coarser levels serve training alone and are left out.
 """
 
 from __future__ import annotations

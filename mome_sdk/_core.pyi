@@ -17,7 +17,7 @@ _Scalar = TypeVar("_Scalar", np.float32, np.uint8)
 def window_starts(
     shape: Sequence[int], patch: Sequence[int], step: float
 ) -> tuple[list[int], list[int], list[int]]:
-    """First voxel of each window along D, H and W, by nnU-Net's rule; [0] on axes below the patch."""
+    """First voxel of each window along D, H, W (nnU-Net's rule); [0] on axes below the patch."""
 
 def window_weights(patch: Sequence[int], blend: str) -> _Float:
     """Window weights (D, H, W), 1000 in the centre; `blend` is "exact" or "authors"."""

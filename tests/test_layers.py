@@ -30,7 +30,7 @@ DATA = (
 )
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
-SERVICE = ("report", "batch", "pacs", "cli")
+SERVICE = ("report", "batch", "pacs", "cli", "__main__")
 OUTSIDE = ("export", "training", "benchmarks")
 ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
 
@@ -141,14 +141,14 @@ def test_the_core_includes_nothing_but_the_standard_library_and_pybind11() -> No
         for path in sources
         for header in re.findall(r"^#include <([^>]+)>", path.read_text(), re.MULTILINE)
     }
-    libraries = {
-        (name, header) for name, header in included if "/" in header and "sys/" not in header
-    }
+    libraries = {(name, head) for name, head in included if "/" in head and "sys/" not in head}
     assert sources
-    assert {name for name, header in libraries if header.startswith("pybind11/")} <= {
-        "bindings.cpp"
+    assert {head for _, head in libraries if not head.startswith("pybind11/")} == set()
+    assert {name for name, _ in libraries} <= {
+        "bindings.cpp",
+        "python_engine.cpp",
+        "python_engine.hpp",
     }
-    assert {header for _, header in libraries if not header.startswith("pybind11/")} == set()
 
 
 def test_public_names() -> None:

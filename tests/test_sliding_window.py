@@ -82,6 +82,20 @@ def random_image(*shape: int, seed: int = 0) -> Array:
     return np.random.default_rng(seed).standard_normal(shape, np.float32)
 
 
+def run_python(script: str, **environment: str) -> str:
+    """What a script prints that may import this file and sees other variables."""
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), **environment},
+        check=True,
+        timeout=60,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return done.stdout
+
+
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Array, dict[str, object]]:
     patch = tuple(draw(st.integers(1, 8)) for _ in range(3))
@@ -138,8 +152,7 @@ def test_number_of_threads_does_not_change_a_bit() -> None:
                 seen.add(hashlib.sha256(maps[0].tobytes() + maps[1].tobytes()).hexdigest())
             assert len(seen) == 1, (seed, patch, shape)
     """
-    environment = {**os.environ, "MOME_THREADS": "8", "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
+    run_python(script, MOME_THREADS="8")
 
 
 def test_windows_of_the_published_size_start_where_the_published_predictor_starts_them() -> None:
@@ -372,11 +385,7 @@ def test_memory_is_what_was_announced() -> None:
         window.run(engine, image)
         print(peak() - before, window.memory_bytes(engine, image.shape[1:]))
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, check=True, timeout=60, stdout=-1
-    )
-    measured, announced = map(int, done.stdout.split())
+    measured, announced = map(int, run_python(script).split())
     # 4 MiB for threads' stacks and Python's own.
     assert 0.8 * announced < measured < announced + 2**22
 

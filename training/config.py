@@ -1,0 +1,206 @@
+"""One frozen TrainConfig, read from a TOML file; every number of a run stands in that file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from mome_sdk.architecture import Architecture
+from mome_sdk.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Range = tuple[float, float]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage.
+
+    Attributes:
+        steps: Optimiser steps.
+        continued_steps: Steps of an expert that starts from another one's weights (experts stage).
+        batch: Patches in each step.
+        lr: Learning rate at step 0; it falls as (1 - step / steps) ** 0.9.
+        optimizer: "adamw" or "sgd" (Nesterov, momentum 0.99, as published).
+        weight_decay: For every parameter.
+        gate_lr: Learning rate of the gating network (joint stage).
+        warm_up: Steps of the joint stage at the start in which only the gate learns.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    optimizer: str
+    weight_decay: float
+    continued_steps: int = 0
+    gate_lr: float = 0.0
+    warm_up: int = 0
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Dice + cross-entropy with deep supervision.
+
+    Attributes:
+        levels: Output levels with a loss; their weights are 1, 1/2, 1/4, ... divided by the sum.
+        dice_smooth: Added to numerator and denominator of the soft Dice, in voxels (published: 1e-5).
+        tissue_weight: Weight of the auxiliary tissue head of an expert (0 in the published training).
+            It ended the collapse to "all background" of small networks and is thrown away.
+    """
+
+    levels: int
+    dice_smooth: float
+    tissue_weight: float
+
+
+@dataclass(frozen=True)
+class ModalitySynthesis:
+    """Contrast of one modality; all intensities relative to white matter = 1.
+
+    Attributes:
+        gm, csf: Mean of grey matter and CSF.
+        cerebellum: Factor on both cerebellar tissues.
+        mix: Probability of each lesion kind: multiple sclerosis, infarct, tumour.
+        lesion: Range of lesion brightness by part ("ms", "infarct", "oedema", "solid").
+        reference: What the range multiplies: "brightest" (the larger of WM and GM) or "gm".
+        lesion_max: Upper limit of lesion brightness, relative to white matter.
+        necrosis, rim: Tumour centre and its enhancing rim, relative to white matter.
+        label_threshold: Share of the painted lesion above which a voxel is labelled.
+        thick_slices: Probability of a thick-slice acquisition.
+    """
+
+    gm: Range
+    csf: Range
+    cerebellum: Range
+    mix: Mapping[str, float]
+    lesion: Mapping[str, Range]
+    reference: str
+    lesion_max: float
+    necrosis: Range
+    rim: Range
+    label_threshold: float
+    thick_slices: float
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Geometry and acquisition of the synthetic images, the same for all modalities.
+
+    Attributes:
+        lesion_free: Share of patches without a lesion.
+        volume_ml: Lesion volume of a case, drawn log-uniformly.
+        noise: Standard deviation of white noise before the blur, relative to white matter.
+        blur_mm: Standard deviation of the point spread.
+        bias: Largest standard deviation of the log bias field on grids of 2, 3 and 5 points.
+        regional: Regional variation of tissue means (grey matter, white matter).
+        artefacts: Probability of each unlabelled bright structure of healthy tissue.
+    """
+
+    lesion_free: float
+    volume_ml: Range
+    noise: Range
+    blur_mm: Range
+    bias: tuple[float, float, float]
+    regional: tuple[float, float]
+    artefacts: float
+    modality: Mapping[str, ModalitySynthesis]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which anatomies train and which are only evaluated (file stems in the label map folder)."""
+
+    train: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The fixed held-out cases: `cases` whole heads for each modality, alternating anatomies."""
+
+    seed: int
+    cases: int
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that defines a run.
+
+    Attributes:
+        name: Of the bundle that the run makes.
+        seed: Of weights and data; with `threads` equal, a run repeats.
+        modalities: In expert order.
+        patch: Window (D, H, W), the same in training and inference: instance norm makes other windows
+            give other results.
+        warm_start: Expert -> expert whose finished weights it starts from.
+    """
+
+    name: str
+    seed: int
+    modalities: tuple[str, ...]
+    patch: tuple[int, int, int]
+    architecture: Architecture
+    data: DataConfig
+    loss: LossConfig
+    experts: StageConfig
+    joint: StageConfig
+    warm_start: Mapping[str, str]
+    synthesis: SynthesisConfig
+    evaluation: EvaluationConfig
+
+
+def load_config(path: str | Path) -> TrainConfig:
+    """Read a TOML file into a TrainConfig.
+
+    Raises:
+        InputError: `argument.config`, the file cannot be read, or a key is missing, unknown or of the
+            wrong type; the text names it.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            table = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise InputError("argument.config", f"{path} cannot be read as TOML: {error}.") from error
+    return _build(TrainConfig, table, str(path))
+
+
+def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(table) - set(known)):
+        raise InputError("argument.config", f"{where}: unknown key {unknown[0]!r}.")
+    values = {}
+    for name, value in table.items():
+        values[name] = _convert(hints[name], value, f"{where}: {name}")
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise InputError("argument.config", f"{where}: {error}.") from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint):
+        if isinstance(value, Mapping):
+            return _build(hint, value, where)  # type: ignore[arg-type]
+    elif get_origin(hint) is tuple:
+        inner = get_args(hint)
+        endless = inner[-1] is Ellipsis
+        if isinstance(value, list) and (endless or len(value) == len(inner)):
+            return tuple(_convert(inner[0], item, where) for item in value)
+    elif get_origin(hint) is Mapping:
+        if isinstance(value, Mapping):
+            inner = get_args(hint)[1]
+            return {k: _convert(inner, item, f"{where}.{k}") for k, item in value.items()}
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    elif hint in (int, str) and type(value) is hint:
+        return value
+    raise InputError("argument.config", f"{where} is {value!r}, expected {hint}.")

@@ -1,0 +1,203 @@
+"""The held-out synthetic cases, and real scans with expert masks, through a bundle.
+
+Every case gets three results: the fused output, the output of its own modality's expert alone, and the
+best single intensity threshold as a baseline. Windows, weights and normalisation are those of prediction.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mome_sdk import _core
+from mome_sdk.bundle import ModelBundle
+from mome_sdk.engines.torch import load_network
+from mome_sdk.network import MoME, fuse
+from mome_sdk.nifti import read_nifti, write_nifti
+from mome_sdk.sliding_window import SlidingWindow
+from mome_sdk.volume import Volume
+
+from .anatomy import Anatomy, Byte, Float
+from .config import TrainConfig
+from .metrics import dice
+from .synth import synthesise
+
+THRESHOLDS = np.arange(-1.0, 4.01, 0.1)
+
+
+class Case(NamedTuple):
+    """image: z-scored (D, H, W); lesion: 0 or 1; kind: of the lesion, or "real"."""
+
+    name: str
+    modality: str
+    kind: str
+    image: Float
+    lesion: Byte
+
+
+class Row(NamedTuple):
+    """Dice of one case; baseline: at every threshold of THRESHOLDS, above and below."""
+
+    name: str
+    modality: str
+    kind: str
+    volume_ml: float
+    fused: float
+    own_expert: float
+    baseline: list[float]
+
+
+def held_out_case(
+    config: TrainConfig, anatomies: Sequence[Anatomy], modality: str, number: int
+) -> Case:
+    """Case `number` of a modality: a whole head, a function of `config.evaluation.seed` alone."""
+    index = config.modalities.index(modality)
+    rng = np.random.default_rng([config.evaluation.seed, index, number])
+    anatomy = anatomies[number % len(anatomies)]
+    grid: Any = anatomy.tissue.shape
+    sample = synthesise(
+        anatomy, (0, 0, 0), grid, modality, config.synthesis, rng, lesion_free=0.0
+    )
+    return Case(f"{modality}-{number:02d}", modality, sample.kind, sample.image, sample.lesion)
+
+
+def write_example(case: Case, affine: NDArray[np.float64], folder: Path) -> None:
+    """Write a case as image and mask on a grid with `affine` (axes S, A, R of the case)."""
+    image = np.round((case.image - case.image.min()) * 100)
+    write_nifti(Volume(image, affine).reorient("RAS"), folder / "flair.nii.gz")
+    write_nifti(Volume(case.lesion, affine).reorient("RAS"), folder / "lesion.nii.gz")
+
+
+@dataclass(frozen=True)
+class OwnExpertEngine:
+    """Fused logits and, behind them, one expert's own: an engine with twice the classes."""
+
+    network: MoME
+    expert: int
+    name: str = "torch"
+    device: str = "cpu"
+    precision: str = "fp32"
+    batch: int | None = None
+    channels: int = 1
+    classes: int = 4
+    experts: int = 5
+
+    @torch.inference_mode()
+    def run(
+        self, windows: Any, logits: Any, shares: Any = None, stream: Any = None
+    ) -> None:
+        """Fill logits (B, 2 + 2, D, H, W): fused, then the expert's."""
+        output = self.network(torch.from_numpy(np.asarray(windows)))
+        both = (fuse(output.experts[0], output.gates[0]), output.experts[0][:, self.expert])
+        np.copyto(logits, torch.cat(both, dim=1).numpy())
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def evaluate_case(case: Case, bundle: ModelBundle, network: MoME) -> Row:
+    """Dice of a case: fused, own expert, and every threshold above and below."""
+    window = SlidingWindow(bundle.patch, blend=bundle.blend, batch=2)
+    engine = OwnExpertEngine(network, bundle.modalities.index(case.modality))
+    logits = window.run(engine, case.image[np.newaxis])
+    fused, own = _core.argmax(logits[:2]), _core.argmax(logits[2:])
+    head = case.image > case.image.min() + 0.1
+    above = [dice(head & (case.image > t), case.lesion) for t in THRESHOLDS]
+    below = [dice(head & (case.image < t), case.lesion) for t in THRESHOLDS]
+    volume_ml = float(case.lesion.sum()) / 1000
+    return Row(
+        case.name,
+        case.modality,
+        case.kind,
+        volume_ml,
+        dice(fused, case.lesion),
+        dice(own, case.lesion),
+        above + below,
+    )
+
+
+def real_cases(folder: Path) -> Iterator[Case]:
+    """The FLAIR scans of MS 19, MS 26 and a glioma, with the masks that came with them.
+
+    The MS scans lie in MNI space and are resampled; the glioma (1 mm, another atlas) is cut to the size of
+    the model grid around its brain.
+    """
+    grid = ModelBundle.load("demo").grid
+    for patient in ("ms_patient19", "ms_patient26"):
+        scan = read_nifti(folder / patient / "FLAIR.nii.gz").resample(grid)
+        mask = read_nifti(folder / patient / "lesion.nii.gz").resample(grid)
+        yield _real(patient, scan, mask)
+    glioma = folder / "glioma_TCGA-DU-7294"
+    scan, mask = (
+        read_nifti(glioma / f"{name}.nii.gz").reorient("RAS")
+        for name in ("FLAIR", "tumour_auto_consensus")
+    )
+    inside = np.argwhere(scan.array > 0)
+    middle = (inside.min(0) + inside.max(0)) // 2
+    start = tuple(
+        int(np.clip(m - size // 2, 0, full - size))
+        for m, size, full in zip(middle, grid.shape, scan.array.shape, strict=True)
+    )
+    yield _real("glioma", scan.crop(start, grid.shape), mask.crop(start, grid.shape))
+
+
+def _real(name: str, scan: Volume, mask: Volume) -> Case:
+    image = _core.zscore(np.ascontiguousarray(scan.reorient("SAR").array))
+    lesion = (mask.reorient("SAR").array >= 0.5).astype(np.uint8)
+    return Case(name, "FLAIR", "real", image, lesion)
+
+
+def evaluate(
+    bundle: ModelBundle, cases: Iterator[Case], results: Path
+) -> list[Row]:
+    """Evaluate cases one by one into a CSV file; a case that stands in it already is not run again."""
+    network = load_network(bundle)
+    rows = read_rows(results) if results.exists() else []
+    done = {row.name for row in rows}
+    for case in cases:
+        if case.name in done:
+            continue
+        row = evaluate_case(case, bundle, network)
+        rows.append(row)
+        with results.open("a", newline="") as file:
+            csv.writer(file).writerow([*row[:3], *(f"{v:.4f}" for v in (*row[3:6], *row.baseline))])
+    return rows
+
+
+def read_rows(results: Path) -> list[Row]:
+    """The rows of an earlier `evaluate`."""
+    with results.open(newline="") as file:
+        return [
+            Row(*line[:3], *(float(v) for v in line[3:6]), [float(v) for v in line[6:]])  # type: ignore[misc]
+            for line in csv.reader(file)
+        ]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Mean Dice by group (modality, or "real"): cases, fused, own expert, best threshold.
+
+    The baseline's threshold is the one that is best on these very cases, so it is flattered.
+    """
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups["real FLAIR" if row.kind == "real" else row.modality].append(row)
+    lines = [
+        "| cases | n | lesion mL, median | fused | own expert | best threshold |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, group in groups.items():
+        baseline = np.array([row.baseline for row in group]).mean(axis=0).max()
+        lines.append(
+            f"| {name} | {len(group)} | {np.median([r.volume_ml for r in group]):.1f} "
+            f"| {np.mean([r.fused for r in group]):.3f} "
+            f"| {np.mean([r.own_expert for r in group]):.3f} | {baseline:.3f} |"
+        )
+    return "\n".join(lines)

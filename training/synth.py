@@ -1,0 +1,434 @@
+"""Synthetic MR images with lesions: contrast, lesions by kind and modality, acquisition.
+
+Intensities are relative to white matter = 1 until the last step, the whole-volume z-score. The ranges of
+contrast come from the training config; the shapes and structures here are the same for every run. Nothing
+is trained on a real lesion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from .anatomy import (
+    FLUID,
+    HEAD_CLASS,
+    INDEX,
+    TISSUES,
+    WHITE,
+    Anatomy,
+    Byte,
+    Float,
+    Head,
+    Index3,
+    deform,
+    smooth_field,
+)
+from .config import ModalitySynthesis, Range, SynthesisConfig
+
+Mask = NDArray[np.bool_]
+GREY = tuple(name for name in TISSUES if name not in WHITE and name not in FLUID)
+DEEP_GREY = ("thalamus", "striatum", "pallidum", "hippocampus and amygdala")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """image: z-scored float32 (D, H, W); lesion: 0 or 1; tissue: 0 background, 1 WM, 2 GM, 3 fluid."""
+
+    image: Float
+    lesion: Byte
+    tissue: Byte
+    kind: str
+
+
+def synthesise(
+    anatomy: Anatomy,
+    start: Index3,
+    shape: Index3,
+    modality: str,
+    config: SynthesisConfig,
+    rng: np.random.Generator,
+    *,
+    lesion_free: float | None = None,
+) -> Sample:
+    """Paint one image of a modality into a box of an anatomy.
+
+    Args:
+        anatomy: On the model grid.
+        start: First voxel of the box (D, H, W).
+        shape: Size of the box; the whole grid gives a whole case.
+        modality: A key of `config.modality`.
+        config: Ranges of everything that is drawn.
+        rng: The only source of randomness.
+        lesion_free: Probability of no lesion; None takes the config's.
+    """
+    contrast = config.modality[modality]
+    head = deform(anatomy, start, shape, rng)
+    means, sds = _tissue_intensities(contrast, rng)
+    image = _healthy(head, means, sds, config, modality, rng)
+    kind = "none"
+    lesion = np.zeros(shape, np.uint8)
+    if rng.random() >= (config.lesion_free if lesion_free is None else lesion_free):
+        kind = str(rng.choice(list(contrast.mix), p=list(contrast.mix.values())))
+        voxels = round(1000 * float(np.exp(rng.uniform(*np.log(config.volume_ml)))))
+        alpha, brightness = _LESIONS[kind](head, means, contrast, voxels, rng)
+        halo = ndimage.gaussian_filter(alpha, 2.0) * np.float32(rng.uniform(0, 0.12))
+        cover = np.maximum(alpha, np.where(head.parenchyma, halo, 0))
+        image += cover * (brightness - image)
+        lesion = (alpha > contrast.label_threshold).astype(np.uint8)
+    image, power = _acquire(image, head, contrast, config, modality, rng)
+    image = _zscore(image, head, means**power, sds, rng)
+    return Sample(image, lesion, HEAD_CLASS[head.tissue], kind)
+
+
+def _uniform(rng: np.random.Generator, limits: Range) -> np.float32:
+    return np.float32(rng.uniform(*limits))
+
+
+def _tissue_intensities(
+    contrast: ModalitySynthesis, rng: np.random.Generator
+) -> tuple[Float, Float]:
+    """Mean and standard deviation of every tissue, relative to white matter."""
+    grey, fluid = _uniform(rng, contrast.gm), _uniform(rng, contrast.csf)
+    means = np.zeros(len(TISSUES) + 1, np.float32)
+    sds = np.zeros_like(means)
+    for name, index in INDEX.items():
+        if name in FLUID:
+            means[index], sds[index] = fluid, rng.uniform(0.01, 0.05)
+        elif name in WHITE:
+            means[index], sds[index] = rng.uniform(0.96, 1.04), rng.uniform(0.01, 0.05)
+        else:
+            mix = rng.uniform(0.2, 1.0) if name in DEEP_GREY else rng.uniform(0.95, 1.05)
+            means[index], sds[index] = 1 + mix * (grey - 1), rng.uniform(0.02, 0.1)
+    means[INDEX["white matter"]] = 1.0
+    factor = _uniform(rng, contrast.cerebellum)
+    means[[INDEX["cerebellar white matter"], INDEX["cerebellar cortex"]]] *= factor
+    return means, sds
+
+
+def _healthy(
+    head: Head,
+    means: Float,
+    sds: Float,
+    config: SynthesisConfig,
+    modality: str,
+    rng: np.random.Generator,
+) -> Float:
+    shape = head.tissue.shape
+    texture = smooth_field(rng, shape, 3.0, 0.7)
+    texture += np.float32(0.7) * rng.standard_normal(shape, dtype=np.float32)
+    image = means[head.tissue] + sds[head.tissue] * texture
+    grey_sd, white_sd = (rng.uniform(0, limit) for limit in config.regional)
+    regional = np.zeros(len(means), np.float32)
+    regional[[INDEX[name] for name in GREY]] = grey_sd
+    regional[[INDEX[name] for name in WHITE]] = white_sd
+    image *= 1 + regional[head.tissue] * smooth_field(rng, shape, 16.0, 1.0)
+    folia = np.clip(smooth_field(rng, shape, 3.0, 0.4), 0, 0.6)
+    mixed = means[INDEX["outer CSF"]] - image
+    image += np.where(head.among("cerebellar cortex"), folia * mixed, 0)
+    for paint in _ARTEFACTS:
+        if rng.random() < config.artefacts:
+            paint(image, head, means, modality, rng)
+    return image
+
+
+def _paint_ependyma(
+    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
+) -> None:
+    """Thin bright lining of the ventricles."""
+    near = (head.ventricle_mm > 0) & (head.ventricle_mm <= rng.uniform(1, 2)) & head.parenchyma
+    image[near] += _uniform(rng, (0.0, 0.14))
+
+
+def _paint_choroid_plexus(
+    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
+) -> None:
+    """Blobs in the ventricles; the label maps have no choroid plexus."""
+    noise = smooth_field(rng, image.shape, 5.0, 1.0)
+    blob = head.among("ventricle") & (noise > rng.uniform(0.8, 1.6))
+    image[blob] = _uniform(rng, (0.8, 2.4) if modality == "T1ce" else (0.5, 1.35))
+
+
+def _paint_rim(
+    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
+) -> None:
+    """Bright edge that a skull strip leaves."""
+    inside = head.tissue > 0
+    edge = inside & ~ndimage.binary_erosion(inside, iterations=int(rng.integers(1, 3)))
+    patches = smooth_field(rng, image.shape, 25.0, 1.0) > rng.uniform(-0.5, 1.0)
+    image[edge & patches] += _uniform(rng, (0.1, 0.8))
+
+
+def _paint_coil(
+    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
+) -> None:
+    """Brightness towards the receive coil: wide bumps centred on the head's surface."""
+    surface = np.argwhere((head.tissue > 0) & ~ndimage.binary_erosion(head.tissue > 0))
+    if not len(surface):
+        return
+    axes = np.ogrid[tuple(slice(0, size) for size in image.shape)]
+    for centre in surface[rng.integers(0, len(surface), rng.integers(1, 4))]:
+        width = rng.uniform(8, 35)
+        gain = rng.uniform(-0.1, 0.9 if modality == "DWI" else 0.22)
+        bump = np.float32(gain)
+        for axis, middle in zip(axes, centre, strict=True):
+            bump = bump * np.exp(-(((axis - middle) / width) ** 2) / 2).astype(np.float32)
+        image *= 1 + bump
+
+
+def _paint_susceptibility(
+    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
+) -> None:
+    """DWI: a sharp bright band at the lower edge of the brain, over air-filled bone."""
+    if modality != "DWI":
+        return
+    inside = head.tissue > 0
+    band = int(rng.integers(2, 8))
+    below = inside.copy()
+    below[band:] &= ~inside[:-band]  # no head `band` voxels further down
+    patches = smooth_field(rng, image.shape, 20.0, 1.0) > rng.uniform(0.3, 1.3)
+    image[below & patches] += _uniform(rng, (0.4, 1.8))
+
+
+_ARTEFACTS = (
+    _paint_ependyma,
+    _paint_choroid_plexus,
+    _paint_rim,
+    _paint_coil,
+    _paint_susceptibility,
+)
+
+
+@dataclass(frozen=True)
+class _Blob:
+    """One focus: where it is and how much of each voxel it covers (0 to 1)."""
+
+    box: tuple[slice, slice, slice]
+    alpha: Float
+    distance: Float  # 1 at the contour, 0 at the centre
+
+
+def _blob(
+    allowed: Mask, centre: NDArray[np.int64], voxels: int, rng: np.random.Generator
+) -> _Blob:
+    """A noisy ellipsoid of exactly `voxels` allowed voxels (fewer where they do not fit)."""
+    radius = (3 * voxels / (4 * np.pi)) ** (1 / 3)
+    reach = int(2.2 * radius) + 3
+    box = tuple(
+        slice(max(0, int(c) - reach), min(size, int(c) + reach + 1))
+        for c, size in zip(centre, allowed.shape, strict=True)
+    )
+    axes = [np.arange(s.start, s.stop, dtype=np.float32) - c for s, c in zip(box, centre, strict=True)]
+    stretch = rng.uniform(0.7, 1.4, 3)
+    directions = np.linalg.qr(rng.standard_normal((3, 3)))[0] / stretch[:, None]
+    square = np.zeros([len(axis) for axis in axes], np.float32)
+    for row in directions.astype(np.float32):
+        z, y, x = (row[k] * axes[k] for k in range(3))
+        square += (z[:, None, None] + y[None, :, None] + x[None, None, :]) ** 2
+    wobble = smooth_field(rng, square.shape, max(2.0, radius / 1.5), rng.uniform(0.05, 0.3))
+    distance = np.sqrt(square) / np.float32(radius) * np.exp(wobble)
+    inside = distance[allowed[box]]
+    if not inside.size:
+        return _Blob(box, np.zeros_like(distance), distance)
+    rank = min(voxels, inside.size) - 1
+    contour = max(float(np.partition(inside, rank)[rank]), 1e-3)
+    edge_mm = rng.uniform(0.25, 0.9)
+    slope = np.clip((contour - distance) * radius / edge_mm, -30, 30)
+    alpha = (1 / (1 + np.exp(-slope))).astype(np.float32)
+    return _Blob(box, np.where(allowed[box], alpha, 0), distance / np.float32(contour))
+
+
+def _centres(
+    weight: Float | Mask, count: int, rng: np.random.Generator
+) -> Iterator[NDArray[np.int64]]:
+    """Voxels drawn with probability proportional to `weight`; none where it is zero everywhere."""
+    total = np.cumsum(weight.ravel(), dtype=np.float64)
+    if total[-1] <= 0:
+        return
+    for flat in np.searchsorted(total, rng.uniform(0, total[-1], count), side="right"):
+        yield np.array(np.unravel_index(min(int(flat), weight.size - 1), weight.shape))
+
+
+def _shares(voxels: int, count: int, rng: np.random.Generator) -> list[int]:
+    """Split a volume into `count` unequal foci of 15 voxels or more."""
+    parts = rng.dirichlet(np.ones(count)) * voxels
+    return [int(part) for part in parts if part >= 15] or [voxels]
+
+
+def _brightness(
+    part: str, contrast: ModalitySynthesis, means: Float, rng: np.random.Generator
+) -> np.float32:
+    grey = means[INDEX["cortex"]]
+    reference = grey if contrast.reference == "gm" else max(grey, np.float32(1.0))
+    value = _uniform(rng, contrast.lesion[part]) * reference * rng.uniform(0.92, 1.08)
+    return np.float32(min(value, contrast.lesion_max))
+
+
+def _paint_foci(
+    foci: list[_Blob], level: np.float32, shape: tuple[int, ...], rng: np.random.Generator
+) -> tuple[Float, Float]:
+    """Cover and brightness of foci that vary by a few percent, between and inside them."""
+    alpha = np.zeros(shape, np.float32)
+    brightness = level * (1 + smooth_field(rng, shape, 6.0, rng.uniform(0.03, 0.08)))
+    for focus in foci:
+        factor = np.float32(rng.uniform(0.95, 1.05))
+        brightness[focus.box] *= np.where(focus.alpha > alpha[focus.box], factor, 1)
+        alpha[focus.box] = np.maximum(alpha[focus.box], focus.alpha)
+    return alpha, brightness
+
+
+def _multiple_sclerosis(
+    head: Head,
+    means: Float,
+    contrast: ModalitySynthesis,
+    voxels: int,
+    rng: np.random.Generator,
+) -> tuple[Float, Float]:
+    """Periventricular band and foci whose density falls with the distance to the ventricles."""
+    allowed = head.among("white matter", "cerebellar white matter", "brain stem")
+    density = allowed * np.exp(-head.ventricle_mm / np.float32(rng.uniform(6, 40)))
+    foci = []
+    if rng.random() < 0.5:
+        band_voxels = int(voxels * rng.uniform(0.2, 0.6))
+        foci += _band(head, allowed, band_voxels, rng)
+        voxels -= band_voxels
+    count = int(np.exp(rng.uniform(0, np.log(1 + min(12, voxels / 60)))))
+    parts = _shares(voxels, count, rng)
+    for centre, part in zip(_centres(density, len(parts), rng), parts, strict=False):
+        foci.append(_blob(allowed, centre, part, rng))
+    return _paint_foci(foci, _brightness("ms", contrast, means, rng), allowed.shape, rng)
+
+
+def _band(head: Head, allowed: Mask, voxels: int, rng: np.random.Generator) -> list[_Blob]:
+    near = allowed & (head.ventricle_mm < 14)
+    score = head.ventricle_mm * np.exp(smooth_field(rng, allowed.shape, 12.0, 0.8))
+    inside = score[near]
+    if inside.size < 15:
+        return []
+    contour = np.partition(inside, min(voxels, inside.size) - 1)[min(voxels, inside.size) - 1]
+    slope = np.clip((contour - score) / np.float32(rng.uniform(0.25, 0.9)), -30, 30)
+    alpha = np.where(near, 1 / (1 + np.exp(-slope)), 0).astype(np.float32)
+    everywhere = tuple(slice(0, size) for size in allowed.shape)
+    return [_Blob(everywhere, alpha, score)]  # type: ignore[arg-type]
+
+
+def _infarct(
+    head: Head,
+    means: Float,
+    contrast: ModalitySynthesis,
+    voxels: int,
+    rng: np.random.Generator,
+) -> tuple[Float, Float]:
+    """One territory with or without satellites, or foci clustered around a first one."""
+    allowed = head.parenchyma
+    count = 1 + int(rng.integers(0, 4)) if voxels > 1000 else 1 + int(rng.integers(0, 2))
+    parts = sorted(_shares(voxels, count, rng), reverse=True)
+    foci = []
+    first: NDArray[np.int64] | None = None
+    for part in parts:
+        weight: Float | Mask = allowed
+        if first is not None and rng.random() < 0.6:
+            weight = allowed & _ball(allowed.shape, first, 25.0)
+        for centre in _centres(weight, 1, rng):
+            first = centre if first is None else first
+            foci.append(_blob(allowed, centre, part, rng))
+    return _paint_foci(foci, _brightness("infarct", contrast, means, rng), allowed.shape, rng)
+
+
+def _ball(shape: tuple[int, ...], centre: NDArray[np.int64], radius: float) -> Mask:
+    axes = np.ogrid[tuple(slice(0, size) for size in shape)]
+    square = sum((axis - c) ** 2 for axis, c in zip(axes, centre, strict=True))
+    return np.asarray(square <= radius**2)
+
+
+def _tumour(
+    head: Head,
+    means: Float,
+    contrast: ModalitySynthesis,
+    voxels: int,
+    rng: np.random.Generator,
+) -> tuple[Float, Float]:
+    """Oedema, a solid core, and necrosis with or without an enhancing rim; the label is all of it."""
+    allowed = head.parenchyma
+    shape = allowed.shape
+    weight = allowed * np.where(head.among("white matter"), np.float32(1), np.float32(0.2))
+    foci = [_blob(allowed, centre, voxels, rng) for centre in _centres(weight, 1, rng)]
+    alpha, brightness = _paint_foci(
+        foci, _brightness("oedema", contrast, means, rng), shape, rng
+    )
+    solid, necrosis, rim = rng.random() < 0.75, rng.random() < 0.6, rng.random() < 0.6
+    for focus in foci:
+        core = rng.uniform(0.4, 0.95)
+        inside = brightness[focus.box]
+        if solid:
+            inside[focus.distance < core] = _brightness("solid", contrast, means, rng)
+        if solid and necrosis:
+            centre = core * rng.uniform(0.4, 0.8)
+            inside[focus.distance < centre] = _uniform(rng, contrast.necrosis)
+            if rim:
+                shell = (focus.distance >= centre) & (focus.distance < centre + 0.2)
+                inside[shell] = _uniform(rng, contrast.rim)
+    return alpha, brightness
+
+
+_LESIONS = {"ms": _multiple_sclerosis, "infarct": _infarct, "tumour": _tumour}
+
+
+def _acquire(
+    image: Float,
+    head: Head,
+    contrast: ModalitySynthesis,
+    config: SynthesisConfig,
+    modality: str,
+    rng: np.random.Generator,
+) -> tuple[Float, np.float32]:
+    """Bias field, noise, blur, thick slices, mask, and a power of the intensity (returned)."""
+    shape = image.shape
+    gain = np.float32(1.5 if modality == "DWI" else 1.0)
+    log_bias = np.zeros(shape, np.float32)
+    for spacing_mm, limit in zip((80.0, 40.0, 20.0), config.bias, strict=True):
+        log_bias += smooth_field(rng, shape, spacing_mm, rng.uniform(0, limit))
+    image = image * np.exp(gain * log_bias)
+    image += _uniform(rng, config.noise) * rng.standard_normal(shape, dtype=np.float32)
+    image = ndimage.gaussian_filter(image, rng.uniform(*config.blur_mm))
+    if rng.random() < contrast.thick_slices:
+        axis, thickness = int(rng.integers(0, 3)), int(rng.integers(2, 6))
+        image = _thick_slices(image, axis, thickness, int(rng.integers(0, thickness)))
+    if rng.random() < 0.8:
+        image = np.where(head.tissue > 0, image, 0)
+    power = _uniform(rng, (0.78, 1.28)) if rng.random() < 0.3 else np.float32(1.0)
+    return np.maximum(image, 0) ** power, power
+
+
+def _thick_slices(image: Float, axis: int, thickness: int, phase: int) -> Float:
+    """Average slabs along an axis, then linear interpolation between slab centres."""
+    size = image.shape[axis]
+    edges = np.unique(np.clip(np.arange(-phase, size + thickness, thickness), 0, size))
+    slabs = np.diff(edges)
+    sums = np.add.reduceat(image, edges[:-1], axis=axis)
+    means = np.moveaxis(sums, axis, -1) / slabs.astype(np.float32)
+    middle = (edges[:-1] + edges[1:] - 1) / 2
+    where = np.interp(np.arange(size), middle, np.arange(len(middle)))
+    lower = np.minimum(where.astype(np.int64), max(len(middle) - 2, 0))
+    upper = np.minimum(lower + 1, len(middle) - 1)
+    weight = (where - lower).astype(np.float32)
+    linear = means[..., lower] * (1 - weight) + means[..., upper] * weight
+    return np.ascontiguousarray(np.moveaxis(linear, -1, axis), np.float32)
+
+
+def _zscore(
+    image: Float, head: Head, means: Float, sds: Float, rng: np.random.Generator
+) -> Float:
+    """Whole-volume z-score; for a part of the head from the expected histogram of the whole."""
+    if head.whole:
+        return ((image - image.mean(dtype=np.float64)) / image.std(dtype=np.float64)).astype(np.float32)
+    share = head.histogram / head.histogram.sum()
+    mean = float(share @ means)
+    variance = float(share @ (means.astype(np.float64) ** 2 + sds.astype(np.float64) ** 2)) - mean**2
+    mean *= rng.uniform(0.96, 1.04)
+    sd = np.sqrt(variance) * rng.uniform(0.96, 1.04)
+    return ((image - np.float32(mean)) / np.float32(sd)).astype(np.float32)

@@ -1,0 +1,319 @@
+"""Stage 1 trains the experts, stage 2 all networks jointly; both resume where they stopped.
+
+A run folder holds `experts/<modality>.safetensors`, then `joint/checkpoint.safetensors` and `run.json`;
+`mome import RUN -o BUNDLE` makes a bundle of it. Patches are drawn from seeds (run, stage, step), so a
+resumed run sees the patches that an uninterrupted one would have seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mome_sdk.errors import BundleError
+from mome_sdk.files import write_file
+from mome_sdk.network import MoME, UNet
+
+from .anatomy import Anatomy, load_anatomy
+from .config import LossConfig, StageConfig, TrainConfig
+from .losses import curriculum_loss, deep_supervision, level_weights, targets_at_levels
+from .synth import synthesise
+
+CLIP_NORM = 12.0  # nnU-Net 2.2
+POLY_POWER = 0.9
+REPEAT_AFTER = 8  # every patch is used twice, the second time mirrored, this many steps later
+SAVE_EVERY = 100
+
+
+class Patch(NamedTuple):
+    """image (1, D, H, W); lesion and tissue (D, H, W); modality: expert index."""
+
+    image: Tensor
+    lesion: Tensor
+    tissue: Tensor
+    modality: int
+
+
+def load_anatomies(config: TrainConfig, folder: Path, *, held_out: bool = False) -> list[Anatomy]:
+    """The label maps that train, or the held-out ones, from a folder of `<stem>.nii.gz`."""
+    stems = config.data.held_out if held_out else config.data.train
+    return [load_anatomy(folder / f"{stem}.nii.gz") for stem in stems]
+
+
+def patch_source(
+    config: TrainConfig, anatomies: Sequence[Anatomy], stage: int, modalities: Sequence[int]
+) -> Callable[[int], Patch]:
+    """Index -> patch, a function of the seeds alone; each patch comes twice, the second time mirrored."""
+
+    @lru_cache(maxsize=REPEAT_AFTER + 1)
+    def draw(index: int) -> Patch:
+        rng = np.random.default_rng([config.seed, stage, index])
+        modality = int(rng.choice(modalities))
+        anatomy = anatomies[int(rng.integers(len(anatomies)))]
+        room = np.array(anatomy.tissue.shape) - config.patch
+        z, y, x = (int(v) for v in rng.integers(0, room + 1))
+        name = config.modalities[modality]
+        sample = synthesise(anatomy, (z, y, x), config.patch, name, config.synthesis, rng)
+        image, lesion, tissue = map(torch.from_numpy, (sample.image, sample.lesion, sample.tissue))
+        return Patch(image[None], lesion, tissue, modality)
+
+    def patch(index: int) -> Patch:
+        if (index // REPEAT_AFTER) % 2 == 0:
+            return draw(index)
+        first = draw(index - REPEAT_AFTER)
+        image, lesion, tissue = (volume.flip(-1) for volume in first[:3])  # left-right
+        return Patch(image, lesion, tissue, first.modality)
+
+    return patch
+
+
+def batch_of(source: Callable[[int], Patch], step: int, batch: int) -> tuple[Tensor, ...]:
+    """Images (B, 1, D, H, W), lesions, tissues (B, D, H, W), modalities (B,) of one step."""
+    patches = [source(step + index * 1_000_000) for index in range(batch)]
+    images = torch.stack([p.image for p in patches]).contiguous(memory_format=torch.channels_last_3d)
+    lesions = torch.stack([p.lesion for p in patches])
+    tissues = torch.stack([p.tissue for p in patches]).long()
+    return images, lesions, tissues, torch.tensor([p.modality for p in patches])
+
+
+class ExpertLoss(nn.Module):
+    """One expert with its auxiliary tissue head; the head is thrown away after training."""
+
+    def __init__(self, expert: UNet, features: int, levels: int, loss: LossConfig) -> None:
+        super().__init__()
+        self.expert = expert
+        self.tissue_head = nn.Conv3d(features, 4, 1)
+        self.loss = loss
+        self.weights = level_weights(loss.levels, drop_coarsest=loss.levels == levels)
+        self.last_features: Tensor | None = None
+        expert.decoder.stages[-1].register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: object, output: Tensor) -> None:
+        self.last_features = output
+
+    def forward(self, image: Tensor, lesion: Tensor, tissue: Tensor) -> Tensor:
+        outputs, _ = self.expert(image, self.loss.levels)
+        targets = targets_at_levels(lesion, self.loss.levels)
+        loss = deep_supervision(outputs, targets, self.weights, smooth=self.loss.dice_smooth)
+        if self.loss.tissue_weight > 0:
+            assert self.last_features is not None
+            tissue_loss = functional.cross_entropy(self.tissue_head(self.last_features), tissue)
+            loss = loss + self.loss.tissue_weight * tissue_loss
+        return loss
+
+
+def train_expert(
+    config: TrainConfig, modality: str, anatomies: Sequence[Anatomy], run: Path
+) -> None:
+    """Stage 1: one expert alone on its modality; writes `experts/<modality>.safetensors`.
+
+    Raises:
+        BundleError: `bundle.missing`, the expert to start from (`warm_start`) is not finished.
+    """
+    finished = run / "experts" / f"{modality}.safetensors"
+    if finished.exists():
+        return
+    index = config.modalities.index(modality)
+    torch.manual_seed(config.seed * 10 + index)
+    arch = config.architecture
+    expert = UNet(arch, arch.in_channels, arch.classes)
+    stage = config.experts
+    if modality in config.warm_start:
+        expert.load_state_dict(_load_expert(run, config.warm_start[modality]))
+        stage = dataclasses.replace(stage, steps=stage.continued_steps)
+    model = ExpertLoss(expert, arch.features[0], arch.stages - 1, config.loss)
+    groups = [{"params": list(model.parameters()), "lr": stage.lr}]
+    source = patch_source(config, anatomies, 1 + index, [index])
+
+    def loss_of(step: int) -> Tensor:
+        images, lesions, tissues, _ = batch_of(source, step, stage.batch)
+        loss: Tensor = model(images, lesions, tissues)
+        return loss
+
+    _optimise(model, groups, stage, loss_of, run / "experts" / modality)
+    _save_tensors(expert, finished)
+
+
+def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) -> None:
+    """Stage 2: all networks under the curriculum loss; writes `joint/checkpoint.safetensors`.
+
+    In the first `warm_up` steps only the gate learns, from the fused loss; then the curriculum runs from
+    the experts' own losses to the fused loss (paper, equation 2).
+
+    Raises:
+        BundleError: `bundle.missing`, an expert is not finished.
+    """
+    finished = run / "joint" / "checkpoint.safetensors"
+    if finished.exists():
+        return
+    torch.manual_seed(config.seed)
+    arch, stage = config.architecture, config.joint
+    model = MoME(arch)
+    for expert, modality in zip(model.experts, config.modalities, strict=True):
+        expert.load_state_dict(_load_expert(run, modality))
+    _start_as_average(model)
+    groups = [
+        {"params": list(model.experts.parameters()), "lr": stage.lr},
+        {"params": list(model.gate.parameters()), "lr": stage.gate_lr},
+    ]
+    weights = level_weights(
+        config.loss.levels, drop_coarsest=config.loss.levels == arch.stages - 1
+    )
+    source = patch_source(config, anatomies, 100, range(arch.experts))
+
+    def loss_of(step: int) -> Tensor:
+        frozen = step < stage.warm_up
+        model.experts.requires_grad_(not frozen)
+        progress = 1.0 if frozen else (step - stage.warm_up) / (stage.steps - stage.warm_up)
+        images, lesions, _, modalities = batch_of(source, step, stage.batch)
+        return curriculum_loss(
+            model(images, config.loss.levels),
+            lesions,
+            modalities.tolist(),
+            weights,
+            progress=progress,
+            smooth=config.loss.dice_smooth,
+        )
+
+    _optimise(model, groups, stage, loss_of, run / "joint" / "train")
+    _save_tensors(model, finished)
+    _write_record(config, run)
+
+
+def _start_as_average(model: MoME) -> None:
+    """Gate heads near zero with bias 1 / E: the fused output starts as the mean of the experts."""
+    for head in model.gate.decoder.seg_layers:
+        assert isinstance(head, nn.Conv3d)
+        assert head.bias is not None
+        nn.init.normal_(head.weight, std=0.02)
+        nn.init.constant_(head.bias, 1.0 / model.arch.experts)
+
+
+def _optimise(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    stage: StageConfig,
+    loss_of: Callable[[int], Tensor],
+    where: Path,
+) -> None:
+    """The training loop: poly learning rate, clipped gradients, a log line and a state every so often."""
+    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    optimizer = _optimizer(groups, stage)
+    base = [group["lr"] for group in optimizer.param_groups]
+    first = _resume(model, optimizer, where.with_suffix(".state.pt"))
+    started, losses = time.monotonic(), []
+    for step in range(first, stage.steps):
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * (1 - step / stage.steps) ** POLY_POWER
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if len(losses) == SAVE_EVERY or step + 1 == stage.steps:
+            seconds = (time.monotonic() - started) / len(losses)
+            _log(where, step + 1, float(np.mean(losses)), seconds)
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            _save_state(where.with_suffix(".state.pt"), {**state, "step": step + 1})
+            started, losses = time.monotonic(), []
+
+
+def _optimizer(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=stage.lr, momentum=0.99, nesterov=True, weight_decay=stage.weight_decay
+        )
+    return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
+
+
+def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> int:
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _save_state(path: Path, state: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+def _save_tensors(model: nn.Module, path: Path) -> None:
+    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+    write_file(path, save(tensors))
+
+
+def _load_expert(run: Path, modality: str) -> dict[str, Tensor]:
+    path = run / "experts" / f"{modality}.safetensors"
+    if not path.exists():
+        raise BundleError(
+            "bundle.missing",
+            f"Expert {modality} is not trained yet: {path} does not exist.",
+            hint=f"Run the experts stage for {modality} first.",
+        )
+    return load_file(path)
+
+
+def _log(where: Path, step: int, loss: float, seconds: float) -> None:
+    with where.with_suffix(".csv").open("a", newline="") as file:
+        csv.writer(file).writerow([step, f"{loss:.5f}", f"{seconds:.3f}"])
+    print(f"{where.name}: step {step}, loss {loss:.4f}, {seconds:.2f} s a step", file=sys.stderr)
+
+
+def _write_record(config: TrainConfig, run: Path) -> None:
+    record = {
+        "name": config.name,
+        "architecture": dataclasses.asdict(config.architecture),
+        "patch": config.patch,
+        "modalities": config.modalities,
+        "training": {
+            "data": "synthetic lesions painted into anatomical label maps",
+            "seed": config.seed,
+            "train": config.data.train,
+            "held_out": config.data.held_out,
+            "expert_steps": config.experts.steps,
+            "joint_steps": config.joint.steps,
+            "torch": torch.__version__.split("+")[0],
+        },
+    }
+    write_file(run / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
+def train(
+    config: TrainConfig, labelmaps: Path, run: Path, *, stage: str, experts: Iterable[str]
+) -> None:
+    """Run a stage ("experts", "joint" or "all") into a run folder.
+
+    Args:
+        config: Of the run.
+        labelmaps: Folder of the label maps that `config.data` names.
+        run: Folder of the results; what is finished in it is not trained again.
+        stage: Which part.
+        experts: The modalities that the experts stage trains, in this order; two processes may share a run
+            folder if they train different experts.
+    """
+    for folder in ("experts", "joint"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+    anatomies = load_anatomies(config, labelmaps)
+    if stage in ("experts", "all"):
+        for modality in experts:
+            train_expert(config, modality, anatomies, run)
+    if stage in ("joint", "all"):
+        train_joint(config, anatomies, run)
