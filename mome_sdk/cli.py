@@ -409,13 +409,13 @@ def _stem(path: Path) -> str:
 
 
 class _Progress:
-    """Windows done, on standard error: a bar on a terminal, a line per quarter elsewhere."""
+    """Windows done, on standard error: a bar on a terminal; elsewhere a line at first and per quarter."""
 
     _WIDTH = 30
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._quarter = 0
+        self._quarter = -1
 
     def __enter__(self) -> _Progress:
         return self
