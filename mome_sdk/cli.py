@@ -409,7 +409,7 @@ def _stem(path: Path) -> str:
 
 
 class _Progress:
-    """Windows done, on standard error: a bar on a terminal; elsewhere a line at first and per quarter."""
+    """Windows done, on standard error: a bar on a terminal, elsewhere a line per quarter."""
 
     _WIDTH = 30
 
