@@ -23,9 +23,10 @@ from mome_sdk.engines import ENGINES
 from mome_sdk.errors import EngineError, InputError, MomeError
 from mome_sdk.files import check_writable, make_folder, write_file
 from mome_sdk.nifti import NOTICE, read_nifti
+from mome_sdk.preprocess.pipeline import SPACES
 from mome_sdk.report import lesion_table, picture, report
 from mome_sdk.segmentation import Segmentation
-from mome_sdk.segmenter import MIRRORS, SPACES, Segmenter
+from mome_sdk.segmenter import MIRRORS, Segmenter
 
 DONE, DEFECT, REFUSED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
@@ -122,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
     common.add_argument("--debug", action="store_true", help="show where an error came from")
     parser = _Parser(
