@@ -83,11 +83,12 @@ class Pool {
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
 
   void run(Job& job) {
+    const int wanted = job.open;
     {
       const std::lock_guard lock(mutex_);
       jobs_.push_back(&job);
     }
-    for (int i = 0; i < job.open; ++i) {
+    for (int i = 0; i < wanted; ++i) {
       work_.notify_one();
     }
     work_on(job);

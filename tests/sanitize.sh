@@ -5,9 +5,10 @@
 set -eu
 
 cd "$(dirname "$0")/.."
-python=$(realpath --no-symlinks "${1:-.venv/bin/python}")
+python=$("${1:-.venv/bin/python}" -c 'import sys; print(sys.executable)')
 sanitizers=${MOME_SANITIZE:-address,undefined}
-build=build/sanitize-$(echo "$sanitizers" | tr , -)
+root=$PWD
+build=$root/build/sanitize-$(echo "$sanitizers" | tr , -)
 compiler=${CXX:-g++}
 
 # A package of links to the sources, but with a core of its own.
@@ -16,13 +17,13 @@ mkdir -p "$build/package/mome_sdk"
 for file in mome_sdk/*; do
     case $file in
     mome_sdk/_core.*.so) ;;
-    *) ln -s "$PWD/$file" "$build/package/mome_sdk/" ;;
+    *) ln -s "$root/$file" "$build/package/mome_sdk/" ;;
     esac
 done
 cmake -S csrc -B "$build/core" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER="$compiler" \
     -DCMAKE_CXX_FLAGS=-O1 -DMOME_WERROR=ON -DMOME_SANITIZE="$sanitizers" \
-    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/$build/package/mome_sdk" \
-    -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" \
+    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/package/mome_sdk" \
+    -DPython_EXECUTABLE="$python" \
     -Dpybind11_DIR="$("$python" -c 'import pybind11; print(pybind11.get_cmake_dir())')"
 cmake --build "$build/core" --parallel
 
@@ -34,14 +35,14 @@ esac
 # The runtime must come first, and with it libstdc++, whose exceptions it intercepts. Python frees
 # little at its end, so leaks are not looked for. Announced memory cannot be compared under the
 # sanitizers, which keep what was freed.
-# The tests run in the folder of that package: with -m and -c, Python looks there first.
-root=$PWD
+runtime=$("$compiler" -print-file-name=$runtime)
+export LD_PRELOAD="$runtime $("$compiler" -print-file-name=libstdc++.so)"
+export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:strict_string_checks=1
+export UBSAN_OPTIONS=print_stacktrace=1
+export TSAN_OPTIONS=die_after_fork=0
+# Python looks in the working directory first, also in the processes that tests start.
 cd "$build/package"
-LD_PRELOAD="$("$compiler" -print-file-name=$runtime) $("$compiler" -print-file-name=libstdc++.so)"
-ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1:strict_string_checks=1
-UBSAN_OPTIONS=print_stacktrace=1
-export LD_PRELOAD ASAN_OPTIONS UBSAN_OPTIONS
-"$python" -c 'import os; from mome_sdk import _core; assert _core.__file__.startswith(os.getcwd())'
-"$python" -m pytest -p no:cacheprovider -q -c "$root/pyproject.toml" \
+"$python" -c 'import os, mome_sdk._core as c; assert c.__file__.startswith(os.getcwd()), c.__file__'
+"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q \
     "$root/tests/csrc" "$root/tests/test_sliding_window.py" \
     --deselect tests/test_sliding_window.py::test_memory_is_what_was_announced

@@ -89,7 +89,7 @@ def run_python(script: str, **environment: str) -> str:
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, folders)), **environment},
         check=True,
-        timeout=60,
+        timeout=300,
         stdout=subprocess.PIPE,
         text=True,
     )

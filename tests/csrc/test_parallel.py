@@ -18,7 +18,7 @@ def run_python(script: str, **environment: str) -> str:
         [sys.executable, "-c", script],
         env={**os.environ, **environment},
         check=True,
-        timeout=60,
+        timeout=300,
         stdout=subprocess.PIPE,
         text=True,
     )
