@@ -190,5 +190,5 @@ def test_labels_are_the_authors_where_the_classes_are_apart(mirror, logits_of):
     logits = logits_of("onnxruntime", mirror, "authors")
     labels = read_nifti(GOLDEN / "checkpoint" / f"seg_{mirror}.nii.gz").array.T  # (z, y, x)
     apart = np.abs(logits[1] - logits[0]) > MARGIN
-    assert apart.mean() > 0.9
+    assert apart.mean() > 0.75
     np.testing.assert_array_equal(logits.argmax(axis=0)[apart], labels[apart])
