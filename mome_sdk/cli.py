@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.engines import ENGINES
-from mome_sdk.errors import InputError, MomeError
+from mome_sdk.errors import EngineError, InputError, MomeError
 from mome_sdk.files import check_writable, make_folder, write_file
 from mome_sdk.nifti import NOTICE, read_nifti
 from mome_sdk.report import lesion_table, picture, report
@@ -31,6 +32,7 @@ BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 _EXAMPLE = Path(__file__).parent / "data" / "example"
 _DELEGATED = ("train", "evaluate", "synth")
+_COMMON = ("-v", "--verbose", "--debug")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint="Free some, or use a smaller --batch.",
         )
         status = _refuse(problem, debug=debug)
+    except SystemExit as end:  # argparse after -h and --version
+        status = end.code if isinstance(end.code, int) else REFUSED
     except KeyboardInterrupt:
         print("mome: interrupted", file=sys.stderr)
         status = INTERRUPTED
@@ -69,16 +73,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    if arguments and arguments[0] in _DELEGATED:
-        from mome_sdk.training.__main__ import main as training_main
-
-        return int(training_main(arguments))
+    words = [word for word in arguments if word not in _COMMON]
+    if words and words[0] in _DELEGATED:
+        with _needs_extra("train"):
+            from mome_sdk.training.__main__ import main as training_main
+        return training_main(words)
     options = _parser().parse_args(arguments)
     if options.command is None:
         _parser().print_help(sys.stderr)
         return REFUSED
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
+
+
+@contextlib.contextmanager
+def _needs_extra(extra: str) -> Iterator[None]:
+    """Name the line that installs what an import does not find."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            "engine.missing",
+            f"This command needs the package {error.name}, which is not installed.",
+            hint=f'Add it: pip install "mome-sdk[{extra}]".',
+        ) from error
 
 
 def _refuse(error: MomeError, *, debug: bool, about: str = "") -> int:
@@ -146,6 +164,11 @@ def _parser() -> _Parser:
         type=Path,
         required=True,
         help="folder or .zip to write",
+    )
+    importing.add_argument(
+        "--set",
+        choices=("best", "final", "latest"),
+        help="which of the authors' sets (default: the first of best, final, latest that is there)",
     )
     inspect = add("inspect", _inspect, "say what a bundle is: shapes, provenance, sha256")
     inspect.add_argument("path", metavar="PATH", help="bundle folder or .zip, or demo")
@@ -386,13 +409,13 @@ def _stem(path: Path) -> str:
 
 
 class _Progress:
-    """Windows done, on standard error: a bar on a terminal, a line per quarter elsewhere."""
+    """Windows done, on standard error: a bar on a terminal, elsewhere a line per quarter."""
 
     _WIDTH = 30
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._quarter = 0
+        self._quarter = -1
 
     def __enter__(self) -> _Progress:
         return self
@@ -472,9 +495,9 @@ def _dice(found: np.ndarray, known: np.ndarray) -> float:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from mome_sdk.export.checkpoint import import_checkpoint
-
-    _print_bundle(import_checkpoint(options.folder, options.output))
+    with _needs_extra("export"):
+        from mome_sdk.export.checkpoint import import_checkpoint
+    _print_bundle(import_checkpoint(options.folder, options.output, options.set))
     return DONE
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
-from phantom import BrightEngine
 
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import ModelBundle, create_bundle
 from mome_sdk.export.onnx import write_onnx
 from mome_sdk.segmenter import Segmenter
+from phantom import BrightEngine
 
 TINY = Architecture((4, 8, 8), (1, 2, 2), (2, 2, 2), (2, 2))
 

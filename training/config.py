@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 Range = tuple[float, float]
+Index3 = tuple[int, int, int]
 T = TypeVar("T")
 
 
@@ -26,7 +27,9 @@ class StageConfig:
 
     Attributes:
         steps: Optimiser steps.
-        continued_steps: Steps of an expert that starts from another one's weights (experts stage).
+        small_patch: Edges of the patches of the first `small_steps` steps, which are cheaper; the
+            rest of the steps have the patch of inference.
+        small_steps: Number of those steps.
         batch: Patches in each step.
         lr: Learning rate at step 0; it falls as (1 - step / steps) ** 0.9.
         optimizer: "adamw" or "sgd" (Nesterov, momentum 0.99, as published).
@@ -36,11 +39,12 @@ class StageConfig:
     """
 
     steps: int
+    small_patch: Index3
+    small_steps: int
     batch: int
     lr: float
     optimizer: str
     weight_decay: float
-    continued_steps: int = 0
     gate_lr: float = 0.0
     warm_up: int = 0
 
@@ -51,9 +55,9 @@ class LossConfig:
 
     Attributes:
         levels: Output levels with a loss; their weights are 1, 1/2, 1/4, ... divided by the sum.
-        dice_smooth: Added to numerator and denominator of the soft Dice, in voxels (published: 1e-5).
-        tissue_weight: Weight of the auxiliary tissue head of an expert (0 in the published training).
-            It ended the collapse to "all background" of small networks and is thrown away.
+        dice_smooth: Added to numerator and denominator of the soft Dice, voxels (published: 1e-5).
+        tissue_weight: Weight of an expert's auxiliary tissue head (0 in the published training). It
+            ended the collapse to "all background" of small networks and is thrown away.
     """
 
     levels: int
@@ -136,21 +140,28 @@ class TrainConfig:
 
     Attributes:
         name: Of the bundle that the run makes.
+        licence: Terms of the weights.
+        notice: What is said with every result.
         seed: Of weights and data; with `threads` equal, a run repeats.
         modalities: In expert order.
-        patch: Window (D, H, W), the same in training and inference: instance norm makes other windows
-            give other results.
+        patch: Window (D, H, W), the same in training and inference: instance norm makes other
+            windows give other results.
+        experts, continued, joint: Stage 1 of an expert from nothing, stage 1 of an expert that
+            starts from another one's weights, stage 2.
         warm_start: Expert -> expert whose finished weights it starts from.
     """
 
     name: str
+    licence: str
+    notice: str
     seed: int
     modalities: tuple[str, ...]
-    patch: tuple[int, int, int]
+    patch: Index3
     architecture: Architecture
     data: DataConfig
     loss: LossConfig
     experts: StageConfig
+    continued: StageConfig
     joint: StageConfig
     warm_start: Mapping[str, str]
     synthesis: SynthesisConfig
@@ -161,8 +172,8 @@ def load_config(path: str | Path) -> TrainConfig:
     """Read a TOML file into a TrainConfig.
 
     Raises:
-        InputError: `argument.config`, the file cannot be read, or a key is missing, unknown or of the
-            wrong type; the text names it.
+        InputError: `argument.config`, the file cannot be read, or a key is missing, unknown or of
+            the wrong type; the text names it.
     """
     try:
         with Path(path).open("rb") as file:

@@ -1,0 +1,280 @@
+"""The command `mome`: what it writes, says and returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import nibabel as nib
+import numpy as np
+import pytest
+
+import mome_sdk
+from mome_sdk.bundle import ModelBundle
+from mome_sdk.cli import main
+from mome_sdk.nifti import NOTICE, write_nifti
+from mome_sdk.volume import Volume
+
+SCHEMA = json.loads(
+    (Path(mome_sdk.__file__).parent / "schemas" / "result.schema.json").read_text("utf-8")
+)
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    """A small image on the model grid."""
+    array = np.random.default_rng(0).normal(100.0, 20.0, (18, 20, 22))
+    affine = np.diag((-1.0, 1.0, 1.0, 1.0))
+    write_nifti(Volume(array, affine), tmp_path / "scan.nii.gz")
+    return tmp_path / "scan.nii.gz"
+
+
+@pytest.fixture
+def predict(tiny_bundle: ModelBundle) -> Any:
+    """`mome predict` with the tiny bundle, in this process."""
+    fixed = ("--model", str(tiny_bundle.path), "--space", "model", "--engine", "onnxruntime")
+
+    def run(*arguments: object) -> int:
+        return main(["predict", *map(str, arguments), *fixed])
+
+    return run
+
+
+def test_one_input_gives_one_mask_and_a_table(
+    scan: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = scan.with_name("mask.nii.gz")
+    assert predict(scan, "-o", out) == 0
+    said = capsys.readouterr()
+    assert NOTICE in said.out
+    assert re.search(r"\d+ lesions, \d+\.\d+ mL", said.out)
+    assert "onnxruntime, fp32" in said.out
+    assert "mirroring none" in said.out
+    assert "scan.nii.gz: 8 of 8 windows" in said.err, "plain lines where there is no terminal"
+    mask = nib.load(out)
+    assert mask.shape == (18, 20, 22)
+    assert {path.name for path in scan.parent.iterdir()} == {"scan.nii.gz", "mask.nii.gz"}
+
+
+def test_everything_asked_for_lies_beside_the_mask(
+    scan: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = scan.with_name("x.nii.gz")
+    assert predict(scan, "-o", out, "--probability", "--report", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    jsonschema.validate(result, SCHEMA)
+    assert result["output"] == str(out)
+    assert result["picture"] == str(scan.with_name("x.png"))
+    assert result["report"] == str(scan.with_name("x.html"))
+    assert result["probability"] == str(scan.with_name("x_probability.nii.gz"))
+    assert all(Path(result[k]).is_file() for k in ("output", "picture", "report", "probability"))
+    share = result["expert_share"]
+    assert sum(parts["brain"] for parts in share.values()) == pytest.approx(1.0)
+    assert result["volume_ml"] == pytest.approx(sum(x["volume_ml"] for x in result["lesions"]))
+    probability = nib.load(result["probability"]).get_fdata()
+    np.testing.assert_array_equal(np.asarray(nib.load(out).dataobj), probability > 0.5)
+    page = Path(result["report"]).read_text("utf-8")
+    assert NOTICE in page
+    assert "scan.nii.gz" in page
+
+
+def test_several_inputs_fill_a_folder(
+    scan: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = scan.with_name("second.nii")
+    write_nifti(Volume(nib.load(scan).get_fdata(), np.eye(4)), second)
+    out = scan.with_name("out")
+    assert predict(scan, second, "-o", out, "--json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["input"] for line in lines] == [str(scan), str(second)]
+    assert {path.name for path in out.iterdir()} == {"scan.nii.gz", "second.nii.gz"}
+
+
+def test_one_bad_input_of_several_is_named_and_the_others_are_written(
+    scan: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = scan.with_name("bad.nii.gz")
+    bad.write_bytes(b"text")
+    out = scan.with_name("out")
+    assert predict(bad, scan, "-o", out, "--json") == 3
+    said = capsys.readouterr()
+    results = [json.loads(line) for line in said.out.splitlines()]
+    for result in results:
+        jsonschema.validate(result, SCHEMA)
+    assert results[0]["error"]["code"] == "volume.format"
+    assert results[1]["output"] == str(out / "scan.nii.gz")
+    assert said.err.count("mome: error [volume.format]: bad.nii.gz: ") == 1
+    assert {path.name for path in out.iterdir()} == {"scan.nii.gz"}
+
+
+def test_all_bad_is_a_refusal(scan: Path, predict: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = scan.with_name("bad.nii.gz")
+    bad.write_bytes(b"text")
+    assert predict(bad, scan.with_name("none.nii"), "-o", scan.with_name("out")) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_an_older_output_is_replaced(scan: Path, predict: Any) -> None:
+    out = scan.with_name("mask.nii.gz")
+    out.write_bytes(b"older")
+    assert predict(scan, "-o", out) == 0
+    assert nib.load(out).shape == (18, 20, 22)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["{scan}", "-o", "{scan}"], "argument.output", "is the input image itself"),
+        (["{scan}", "-o", "{dir}"], "argument.output", "ends in .nii or .nii.gz"),
+        (["{scan}", "-o", "{dir}/out.png"], "argument.output", "ends in .nii or .nii.gz"),
+        (["{scan}", "-o", "{dir}/no/x.nii"], "argument.output-folder", "does not exist"),
+        (["{scan}", "{scan}", "-o", "{dir}/out"], "argument.output", "a folder each"),
+        (["{scan}", "{dir}/b.nii", "-o", "{dir}"], "argument.output", "is the input image itself"),
+        (["{scan}", "{dir}/b.nii", "-o", "{scan}"], "argument.output", "is a file"),
+        (["{scan}", "{dir}/b.nii", "-o", "{dir}/a/b"], "argument.output-folder", "does not exist"),
+        (["{scan}"], "argument.usage", "-o/--output"),
+        (["-o", "{dir}/x.nii"], "argument.usage", "INPUT"),
+        (["{scan}", "-o", "{dir}/x.nii", "--space", "native"], "argument.usage", "native"),
+        (["{scan}", "-o", "{dir}/x.nii", "--engine", "tensorrt"], "argument.usage", "tensorrt"),
+        (["{scan}", "-o", "{dir}/x.nii", "--batch", "many"], "argument.usage", "many"),
+        (["{scan}", "-o", "{dir}/x.nii", "--step", "2"], "argument.step", "step"),
+        (["{scan}", "-o", "{dir}/x.nii", "--model", "{dir}/no"], "bundle.not-found", "no"),
+        (["{scan}", "-o", "{dir}/x.nii", "--device", "cuda:0"], "engine.device", "cuda:0"),
+        (["{scan}", "-o", "{dir}/x.nii"], "geometry.not-mni", "register the image"),
+    ],
+)
+def test_wrong_use_is_one_line(
+    arguments: list[str],
+    code: str,
+    text: str,
+    scan: Path,
+    tiny_bundle: ModelBundle,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = scan.read_bytes()
+    filled = [word.format(scan=scan, dir=scan.parent) for word in arguments]
+    defaults = [] if "--model" in filled else ["--model", str(tiny_bundle.path)]
+    engine = [] if "--engine" in filled else ["--engine", "onnxruntime"]
+    assert main(["predict", *filled, *defaults, *engine]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = [line for line in said.err.splitlines() if line.startswith("mome: error")]
+    assert lines == said.err.splitlines()[-1:]
+    assert f"[{code}]" in lines[0]
+    assert text in lines[0]
+    assert "Traceback" not in said.err
+    assert scan.read_bytes() == before
+    assert not list(scan.parent.glob("*x.nii*")) + list(scan.parent.glob(".*"))
+
+
+def test_verbose_and_debug_say_more(
+    scan: Path, predict: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert predict(scan, "-o", scan.with_name("x.nii"), "-v") == 0
+    assert "bundle_sha256: " in capsys.readouterr().err
+    assert predict(scan, "-o", scan, "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_input(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("one\ntwo")
+
+    monkeypatch.setattr(ModelBundle, "load", fail)
+    assert main(["inspect", "demo"]) == 1
+    assert capsys.readouterr().err.startswith("mome: defect: ZeroDivisionError: one two ")
+
+
+def test_no_memory_is_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ModelBundle, "load", fail)
+    assert main(["inspect", "demo"]) == 2
+    assert "[engine.out-of-memory]" in capsys.readouterr().err
+
+
+def test_a_missing_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mome_sdk.training.__main__", None)
+    assert main(["train", "demo.toml"]) == 2
+    assert 'pip install "mome-sdk[train]"' in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_bundle_is(
+    tiny_bundle: ModelBundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tiny_bundle.path)]) == 0
+    said = capsys.readouterr().out
+    for part in ("tiny", tiny_bundle.sha256, "T1, T1ce, T2, FLAIR, DWI", "16 x 16 x 16", "SAR"):
+        assert part in said
+
+
+def test_doctor_names_engines_and_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mome_sdk.cli.ENGINES", {"onnxruntime": None, "abacus": None})
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"onnxruntime  {version('onnxruntime')}" in said
+    assert 'missing: pip install "mome-sdk[abacus]"' in said
+    assert "threads" in said
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert version("mome-sdk") == mome_sdk.__version__
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mome {mome_sdk.__version__}\n"
+    assert main([]) == 2
+    assert "predict" in capsys.readouterr().err
+    assert main(["predict", "-h"]) == 0
+    said = capsys.readouterr().out
+    for option in ("--space", "--mirror", "--blend", "--probability", "--report", "--json"):
+        assert option in said
+    for absent in ("native", "tensorrt", "fp16"):
+        assert absent not in said
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_bundle: ModelBundle) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "mome_sdk", "inspect", str(tiny_bundle.path)]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == b""
+
+
+def test_ctrl_c_leaves_nothing(tmp_path: Path, tiny_bundle: ModelBundle) -> None:
+    write_nifti(
+        Volume(np.random.default_rng(0).normal(size=(160, 160, 160)), np.eye(4)),
+        tmp_path / "large.nii",
+    )
+    command = [sys.executable, "-m", "mome_sdk", "predict", str(tmp_path / "large.nii")]
+    options = ["-o", str(tmp_path / "x.nii.gz"), "--space", "model", "--step", "0.2"]
+    with subprocess.Popen(
+        [*command, *options, "--model", str(tiny_bundle.path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        assert "1 of " in process.stderr.readline()  # minutes to go
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "mome: interrupted"
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["large.nii"]

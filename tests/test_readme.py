@@ -1,0 +1,68 @@
+"""The README's code does what the README says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+import mome_sdk
+from mome_sdk.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+GOLDEN = Path(__file__).parent / "golden"
+SHELL = [
+    shlex.split(line, comments=True)
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.splitlines()
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the bundled example as scan.nii.gz."""
+    example = Path(mome_sdk.__file__).parent / "data" / "example" / "flair.nii.gz"
+    shutil.copy(example, tmp_path / "scan.nii.gz")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_block_is_of_a_kind_that_is_tested() -> None:
+    assert {language for language, _ in BLOCKS} == {"python", "bash"}
+    assert {(words[0], words[1]) for words in SHELL} == {
+        ("make", "demo"),  # `make fresh` and .ci/run
+        ("make", "test"),
+        ("pip", "install"),  # test_install.py
+        ("mome", "predict"),  # below
+        ("mome", "import"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_python_code_runs(code: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.fullmatch(r"\d+ lesions, \d+\.\d mL\n", capsys.readouterr().out)
+    assert (folder / "lesions.nii.gz").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "predict"]], ids=" ".join)
+def test_predict_writes_mask_picture_and_report(words: list[str], folder: Path) -> None:
+    assert main(words[1:]) == 0
+    written = {path.name for path in folder.iterdir()} - {"scan.nii.gz"}
+    assert written == {"lesions.nii.gz", "lesions.png", "lesions.html"}
+
+
+@pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "import"]], ids=" ".join)
+def test_import_makes_a_bundle(words: list[str], folder: Path) -> None:
+    (run,) = (GOLDEN / "checkpoint" / "Dataset900_Synthetic").iterdir()
+    for path in run.iterdir():
+        (folder / path.name).symlink_to(path)
+    assert main(words[1:]) == 0
+    assert len(mome_sdk.ModelBundle.load(folder / words[-1]).modalities) == 5
