@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from phantom import ORIENTATIONS
 
 from mome_sdk.errors import GeometryError, InputError
 from mome_sdk.volume import Grid, Volume
-from phantom import ORIENTATIONS
 
 lengths = st.integers(1, 7)
 shapes = st.tuples(lengths, lengths, lengths)

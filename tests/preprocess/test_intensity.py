@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from phantom import phantom
 
 from mome_sdk.errors import InputError
 from mome_sdk.preprocess.intensity import background_of, check_intensities, normalise
 from mome_sdk.volume import Volume
-from phantom import phantom
 
 
 def of(array: np.ndarray) -> Volume:

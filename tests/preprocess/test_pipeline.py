@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from phantom import ORIENTATIONS, grid, phantom
 
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import GeometryError, InputError
 from mome_sdk.preprocess.pipeline import Prepared, prepare, restore
 from mome_sdk.volume import Grid, Volume
-from phantom import ORIENTATIONS, grid, phantom
 
 
 def probabilities(*foreground: np.ndarray) -> np.ndarray:
