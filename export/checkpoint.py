@@ -1,8 +1,8 @@
 """A checkpoint set to a bundle; pickled code never runs.
 
 Three kinds of folder are read: the six files of a published MoME, one fold of a plain nnU-Net (a
-MoME of one expert), and a run folder of our own training. The format of the first two is what nnU-Net
-2.2 and the MoME repository (ZhangxinruBIT/MoME) save.
+MoME of one expert), and a run folder of our own training. The first two are as nnU-Net 2.2 and the
+MoME repository (ZhangxinruBIT/MoME) save them.
 """
 
 from __future__ import annotations
@@ -402,7 +402,7 @@ def _architecture(configuration: Mapping[str, Any], classes: int, experts: int) 
 
 def _check_preparation(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     """Refuse plans whose images would need another preparation than this package's."""
-    rules = {
+    rules: dict[str, tuple[Any, list[Any]]] = {
         "transpose_forward": (plans.get("transpose_forward"), [[0, 1, 2]]),
         "image_reader_writer": (plans.get("image_reader_writer"), sorted(_READERS)),
         "spacing": (configuration.get("spacing"), [[1.0, 1.0, 1.0]]),
