@@ -30,7 +30,7 @@ DATA = (
 )
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
-SERVICE = ("report", "batch", "pacs", "cli", "__main__")
+SERVICE = ("report", "batch", "pacs", "options", "cli", "__main__")
 OUTSIDE = ("export", "training", "benchmarks")
 ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
 
