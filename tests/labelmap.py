@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from mome_sdk.nifti import write_nifti
 from mome_sdk.volume import Volume
 
@@ -13,8 +14,8 @@ SHELLS = ((1.0, 24), (0.9, 3), (0.75, 2), (0.25, 4))
 
 
 def write_labelmap(path: Path, shape: tuple[int, int, int] = (40, 44, 40)) -> None:
-    """Write the head (I, J, K), 1 mm, RAS, filling 90 % of each axis."""
-    axes = [np.linspace(-1, 1, size) / 0.9 for size in shape]
+    """Write the head (I, J, K), 1 mm, RAS, filling 75 % of each axis."""
+    axes = [np.linspace(-1, 1, size) / 0.75 for size in shape]
     x, y, z = np.meshgrid(*axes, indexing="ij")
     radius = np.sqrt(x**2 + y**2 + z**2)
     labels = np.zeros(shape, np.uint8)

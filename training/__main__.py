@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
+
+import torch
+
+from mome_sdk.bundle import ModelBundle
+from mome_sdk.errors import InputError
+
+from .config import TrainConfig, load_config
+from .evaluate import Case, evaluate, held_out_case, real_cases, table, write_case
+from .train import load_anatomies, train
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -19,28 +29,83 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mome")
     commands = parser.add_subparsers(required=True)
+
     train = commands.add_parser("train", help="train experts, then all networks jointly")
     train.add_argument("config", type=Path, metavar="CONFIG.toml")
-    train.add_argument("--labelmaps", type=Path, required=True, metavar="DIR")
     train.add_argument("-o", "--output", type=Path, required=True, metavar="RUN")
     train.add_argument("--stage", choices=("experts", "joint", "all"), default="all")
     train.add_argument("--experts", metavar="A,B", help="only these, in this order")
-    train.add_argument("--threads", type=int, metavar="N")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate", help="Dice of a bundle on held-out synthetic cases and on real scans"
+    )
+    evaluate.add_argument("bundle", metavar="BUNDLE", help='a bundle, or "demo"')
+    evaluate.add_argument("--real", type=Path, metavar="DIR", help="folder of the real scans")
+    evaluate.add_argument("-o", "--output", type=Path, required=True, metavar="RESULTS.csv")
+    evaluate.set_defaults(run=_evaluate)
+
+    synth = commands.add_parser("synth", help="write held-out synthetic cases as NIfTI")
+    synth.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    synth.set_defaults(run=_synth)
+
+    for command in (evaluate, synth):
+        command.add_argument("--config", type=Path, default=DEMO_CONFIG, metavar="CONFIG.toml")
+        command.add_argument("--modalities", metavar="A,B", help="only these")
+        command.add_argument("--cases", type=int, metavar="N", help="of each modality")
+    for command in (train, evaluate, synth):
+        command.add_argument(
+            "--labelmaps", type=Path, required=True, metavar="DIR", help="the label maps (README)"
+        )
+        command.add_argument("--threads", type=int, metavar="N")
     return parser
 
 
-def _train(args: argparse.Namespace) -> None:
-    import torch
-
-    from .config import load_config
-    from .train import train
-
-    if args.threads:
+def _config(args: argparse.Namespace) -> TrainConfig:
+    if args.threads is not None:
         torch.set_num_threads(args.threads)
-    config = load_config(args.config)
-    experts = args.experts.split(",") if args.experts else list(config.modalities)
+    return load_config(args.config)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _config(args)
+    experts = _names(args.experts, config)
     train(config, args.labelmaps, args.output, stage=args.stage, experts=experts)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    bundle = ModelBundle.load(args.bundle)
+    cases = _cases(args)
+    if args.real is not None:
+        cases = chain(cases, real_cases(args.real, bundle.grid))
+    print(table(evaluate(bundle, cases, args.output, threads=args.threads)))
+
+
+def _synth(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    for case in _cases(args):
+        write_case(case, args.output)
+        print(case.name, case.kind, f"{case.lesion.sum() / 1000:.1f} mL")
+
+
+def _cases(args: argparse.Namespace) -> Iterator[Case]:
+    config = _config(args)
+    anatomies = load_anatomies(config, args.labelmaps, held_out=True)
+    count = config.evaluation.cases if args.cases is None else args.cases
+    for modality in _names(args.modalities, config):
+        for number in range(count):
+            yield held_out_case(config, anatomies, modality, number)
+
+
+def _names(text: str | None, config: TrainConfig) -> list[str]:
+    names = list(config.modalities) if text is None else text.split(",")
+    if unknown := sorted(set(names) - set(config.modalities)):
+        raise InputError(
+            "argument.modality",
+            f"{unknown[0]!r} is not a modality of this configuration.",
+            hint=f"It has: {', '.join(config.modalities)}.",
+        )
+    return names
 
 
 if __name__ == "__main__":

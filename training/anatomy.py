@@ -1,4 +1,4 @@
-"""Label maps of real brains: tissue classes, the distances that place lesions, random deformation."""
+"""Label maps of real brains: tissue classes, distances that place lesions, random deformation."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Anatomy:
         ventricle: Distance to the lateral and other ventricles, in quarter millimetres, clipped.
         depth: Outer CSF only: distance to the brain tissue, in quarter millimetres, clipped.
         histogram: Voxels of each tissue, for the whole-volume z-score of a patch.
-        csf_depth: Sorted depths of the outer CSF voxels (mm): how many remain after a skull strip.
+        csf_depth: Sorted depths of the outer CSF voxels (mm): what remains after a skull strip.
+        affine: Array index to RAS mm.
     """
 
     tissue: Byte
@@ -62,6 +63,7 @@ class Anatomy:
     depth: Byte
     histogram: NDArray[np.float64]
     csf_depth: Float
+    affine: NDArray[np.float64]
 
 
 def load_anatomy(path: str | Path) -> Anatomy:
@@ -70,7 +72,8 @@ def load_anatomy(path: str | Path) -> Anatomy:
     Raises:
         InputError: `argument.labelmap`, a label number that TISSUES does not list.
     """
-    labels = np.rint(read_nifti(path).reorient("SAR").array).astype(np.int64)
+    volume = read_nifti(path).reorient("SAR")
+    labels = np.rint(volume.array).astype(np.int64)
     lookup = np.full(256, 255, np.uint8)
     lookup[0] = 0
     for name, numbers in TISSUES.items():
@@ -78,7 +81,7 @@ def load_anatomy(path: str | Path) -> Anatomy:
     if labels.min() < 0 or labels.max() > 255 or (lookup[labels] == 255).any():
         raise InputError(
             "argument.labelmap",
-            f"{path} holds a label that is not one of the FreeSurfer numbers in training/anatomy.py.",
+            f"{path} holds a label that is none of the FreeSurfer numbers in training/anatomy.py.",
             hint="Use brain-only maps: remove skull and face labels first.",
         )
     tissue = lookup[labels]
@@ -87,12 +90,12 @@ def load_anatomy(path: str | Path) -> Anatomy:
     depth = np.where(outer, _distance((tissue > 0) & ~outer), 0).astype(np.uint8)
     histogram = np.bincount(tissue.ravel(), minlength=len(TISSUES) + 1).astype(np.float64)
     csf_depth = np.sort(depth[outer].astype(np.float32) * DISTANCE_STEP_MM)
-    return Anatomy(tissue, ventricle, depth, histogram, csf_depth)
+    return Anatomy(tissue, ventricle, depth, histogram, csf_depth, volume.affine)
 
 
 def _distance(mask: NDArray[np.bool_]) -> Byte:
     millimetres = ndimage.distance_transform_edt(~mask)
-    return (np.minimum(millimetres, EXTENT_MM) / DISTANCE_STEP_MM).astype(np.uint8)
+    return np.asarray(np.minimum(millimetres, EXTENT_MM) / DISTANCE_STEP_MM, np.uint8)
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,9 @@ class Head:
 def deform(anatomy: Anatomy, start: Index3, shape: Index3, rng: np.random.Generator) -> Head:
     """A box of the anatomy, rotated, scaled, mirrored, bent, and with its outer CSF cut at a depth.
 
-    Rotation up to 11 degrees and scale 0.88-1.15 on each axis, left-right mirror in half of the heads, a
-    displacement of 0.5-4 mm on grids of 20 and 8 mm, outer CSF kept up to 0.5-9 mm from the brain.
+    Rotation up to 11 degrees and scale 0.88-1.15 on each axis, left-right mirror in half of the
+    heads, a displacement of 0.5-4 mm on a grid of 20 mm and 0.2-1.2 mm on one of 8 mm, outer CSF
+    kept up to 0.5-9 mm from the brain.
     """
     grid = anatomy.tissue.shape
     scale = rng.uniform(0.88, 1.15, 3)
@@ -151,7 +155,9 @@ def deform(anatomy: Anatomy, start: Index3, shape: Index3, rng: np.random.Genera
         flat = flat * grid[axis] + np.clip(index, 0, grid[axis] - 1)
     tissue = np.where(inside, anatomy.tissue.ravel()[flat], 0).astype(np.uint8)
     keep_mm = rng.uniform(0.5, 9.0)
-    cut = (tissue == INDEX["outer CSF"]) & (anatomy.depth.ravel()[flat] > keep_mm / DISTANCE_STEP_MM)
+    cut = (tissue == INDEX["outer CSF"]) & (
+        anatomy.depth.ravel()[flat] > keep_mm / DISTANCE_STEP_MM
+    )
     tissue[cut] = 0
     histogram = anatomy.histogram.copy()
     histogram[INDEX["outer CSF"]] = np.searchsorted(anatomy.csf_depth, keep_mm, side="right")
@@ -161,7 +167,7 @@ def deform(anatomy: Anatomy, start: Index3, shape: Index3, rng: np.random.Genera
     return Head(tissue, ventricle_mm, histogram, tuple(shape) == tuple(grid))
 
 
-def _rotation(angles: Sequence[float]) -> NDArray[np.float64]:
+def _rotation(angles: NDArray[np.float64]) -> NDArray[np.float64]:
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         i, j = (axis + 1) % 3, (axis + 2) % 3

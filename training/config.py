@@ -51,9 +51,9 @@ class LossConfig:
 
     Attributes:
         levels: Output levels with a loss; their weights are 1, 1/2, 1/4, ... divided by the sum.
-        dice_smooth: Added to numerator and denominator of the soft Dice, in voxels (published: 1e-5).
-        tissue_weight: Weight of the auxiliary tissue head of an expert (0 in the published training).
-            It ended the collapse to "all background" of small networks and is thrown away.
+        dice_smooth: Added to numerator and denominator of the soft Dice, voxels (published: 1e-5).
+        tissue_weight: Weight of an expert's auxiliary tissue head (0 in the published training). It
+            ended the collapse to "all background" of small networks and is thrown away.
     """
 
     levels: int
@@ -136,14 +136,18 @@ class TrainConfig:
 
     Attributes:
         name: Of the bundle that the run makes.
+        licence: Terms of the weights.
+        notice: What is said with every result.
         seed: Of weights and data; with `threads` equal, a run repeats.
         modalities: In expert order.
-        patch: Window (D, H, W), the same in training and inference: instance norm makes other windows
-            give other results.
+        patch: Window (D, H, W), the same in training and inference: instance norm makes other
+            windows give other results.
         warm_start: Expert -> expert whose finished weights it starts from.
     """
 
     name: str
+    licence: str
+    notice: str
     seed: int
     modalities: tuple[str, ...]
     patch: tuple[int, int, int]
@@ -161,8 +165,8 @@ def load_config(path: str | Path) -> TrainConfig:
     """Read a TOML file into a TrainConfig.
 
     Raises:
-        InputError: `argument.config`, the file cannot be read, or a key is missing, unknown or of the
-            wrong type; the text names it.
+        InputError: `argument.config`, the file cannot be read, or a key is missing, unknown or of
+            the wrong type; the text names it.
     """
     try:
         with Path(path).open("rb") as file:

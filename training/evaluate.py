@@ -1,14 +1,15 @@
 """The held-out synthetic cases, and real scans with expert masks, through a bundle.
 
-Every case gets three results: the fused output, the output of its own modality's expert alone, and the
-best single intensity threshold as a baseline. Windows, weights and normalisation are those of prediction.
+Every case gets three results: the fused output, the output of its own modality's expert alone, and
+the best single intensity threshold as a baseline. Windows, weights and normalisation are those of
+prediction.
 """
 
 from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +20,10 @@ from numpy.typing import NDArray
 
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.engines.torch import load_network
-from mome_sdk.network import MoME, fuse
+from mome_sdk.network import MoME
 from mome_sdk.nifti import read_nifti, write_nifti
 from mome_sdk.sliding_window import SlidingWindow
-from mome_sdk.volume import Volume
+from mome_sdk.volume import Grid, Volume
 
 from .anatomy import Anatomy, Byte, Float
 from .config import TrainConfig
@@ -34,13 +34,18 @@ THRESHOLDS = np.arange(-1.0, 4.01, 0.1)
 
 
 class Case(NamedTuple):
-    """image: z-scored (D, H, W); lesion: 0 or 1; kind: of the lesion, or "real"."""
+    """An image to evaluate.
+
+    image: z-scored (D, H, W); lesion: 0 or 1; kind: of the lesion, or "real"; affine: array index
+    to RAS mm.
+    """
 
     name: str
     modality: str
     kind: str
     image: Float
     lesion: Byte
+    affine: NDArray[np.float64]
 
 
 class Row(NamedTuple):
@@ -63,20 +68,21 @@ def held_out_case(
     rng = np.random.default_rng([config.evaluation.seed, index, number])
     anatomy = anatomies[number % len(anatomies)]
     grid: Any = anatomy.tissue.shape
-    sample = synthesise(
-        anatomy, (0, 0, 0), grid, modality, config.synthesis, rng, lesion_free=0.0
-    )
-    return Case(f"{modality}-{number:02d}", modality, sample.kind, sample.image, sample.lesion)
+    sample = synthesise(anatomy, (0, 0, 0), grid, modality, config.synthesis, rng, lesion_free=0.0)
+    name = f"{modality}-{number:02d}"
+    return Case(name, modality, sample.kind, sample.image, sample.lesion, anatomy.affine)
 
 
-def write_example(case: Case, affine: NDArray[np.float64], folder: Path) -> None:
-    """Write a case as image and mask on a grid with `affine` (axes S, A, R of the case)."""
-    image = np.round((case.image - case.image.min()) * 100)
-    write_nifti(Volume(image, affine).reorient("RAS"), folder / "flair.nii.gz")
-    write_nifti(Volume(case.lesion, affine).reorient("RAS"), folder / "lesion.nii.gz")
+def write_case(case: Case, folder: Path) -> None:
+    """Write image (no longer a z-score: 0 to 255, as small as a scan) and mask, axes R, A, S."""
+    low, high = float(case.image.min()), float(case.image.max())
+    image = np.round((case.image - low) * (255 / (high - low))).astype(np.uint8)
+    write_nifti(Volume(image, case.affine).reorient("RAS"), folder / f"{case.name}.nii.gz")
+    mask = Volume(case.lesion, case.affine).reorient("RAS")
+    write_nifti(mask, folder / f"{case.name}_lesion.nii.gz")
 
 
-@dataclass(frozen=True)
+@dataclass
 class OwnExpertEngine:
     """Fused logits and, behind them, one expert's own: an engine with twice the classes."""
 
@@ -91,21 +97,22 @@ class OwnExpertEngine:
     experts: int = 5
 
     @torch.inference_mode()
-    def run(
-        self, windows: Any, logits: Any, shares: Any = None, stream: Any = None
-    ) -> None:
+    def run(self, windows: Any, logits: Any, shares: Any = None, stream: Any = None) -> None:
         """Fill logits (B, 2 + 2, D, H, W): fused, then the expert's."""
-        output = self.network(torch.from_numpy(np.asarray(windows)))
-        both = (fuse(output.experts[0], output.gates[0]), output.experts[0][:, self.expert])
-        np.copyto(logits, torch.cat(both, dim=1).numpy())
+        image = torch.from_numpy(windows).contiguous(memory_format=torch.channels_last_3d)
+        fused, experts, _ = self.network(image)
+        both = torch.cat((fused[0], experts[0][:, self.expert]), dim=1)
+        torch.from_numpy(logits).copy_(both)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def evaluate_case(case: Case, bundle: ModelBundle, network: MoME) -> Row:
+def evaluate_case(
+    case: Case, bundle: ModelBundle, network: MoME, threads: int | None = None
+) -> Row:
     """Dice of a case: fused, own expert, and every threshold above and below."""
-    window = SlidingWindow(bundle.patch, blend=bundle.blend, batch=2)
+    window = SlidingWindow(bundle.patch, blend=bundle.blend, batch=2, threads=threads)
     engine = OwnExpertEngine(network, bundle.modalities.index(case.modality))
     logits = window.run(engine, case.image[np.newaxis])
     fused, own = _core.argmax(logits[:2]), _core.argmax(logits[2:])
@@ -124,13 +131,12 @@ def evaluate_case(case: Case, bundle: ModelBundle, network: MoME) -> Row:
     )
 
 
-def real_cases(folder: Path) -> Iterator[Case]:
+def real_cases(folder: Path, grid: Grid) -> Iterator[Case]:
     """The FLAIR scans of MS 19, MS 26 and a glioma, with the masks that came with them.
 
-    The MS scans lie in MNI space and are resampled; the glioma (1 mm, another atlas) is cut to the size of
-    the model grid around its brain.
+    The MS scans lie in MNI space and are resampled; the glioma (1 mm, another atlas) is cut to the
+    size of the model grid around its brain.
     """
-    grid = ModelBundle.load("demo").grid
     for patient in ("ms_patient19", "ms_patient26"):
         scan = read_nifti(folder / patient / "FLAIR.nii.gz").resample(grid)
         mask = read_nifti(folder / patient / "lesion.nii.gz").resample(grid)
@@ -142,30 +148,34 @@ def real_cases(folder: Path) -> Iterator[Case]:
     )
     inside = np.argwhere(scan.array > 0)
     middle = (inside.min(0) + inside.max(0)) // 2
-    start = tuple(
+    i, j, k = (
         int(np.clip(m - size // 2, 0, full - size))
         for m, size, full in zip(middle, grid.shape, scan.array.shape, strict=True)
     )
+    start = (i, j, k)
     yield _real("glioma", scan.crop(start, grid.shape), mask.crop(start, grid.shape))
 
 
 def _real(name: str, scan: Volume, mask: Volume) -> Case:
-    image = _core.zscore(np.ascontiguousarray(scan.reorient("SAR").array))
+    scan = scan.reorient("SAR")
+    image = _core.zscore(np.ascontiguousarray(scan.array))
     lesion = (mask.reorient("SAR").array >= 0.5).astype(np.uint8)
-    return Case(name, "FLAIR", "real", image, lesion)
+    return Case(name, "FLAIR", "real", image, lesion, scan.affine)
 
 
 def evaluate(
-    bundle: ModelBundle, cases: Iterator[Case], results: Path
+    bundle: ModelBundle, cases: Iterable[Case], results: Path, *, threads: int | None = None
 ) -> list[Row]:
-    """Evaluate cases one by one into a CSV file; a case that stands in it already is not run again."""
-    network = load_network(bundle)
+    """Evaluate cases one by one into a CSV file; a case that stands in it is not run again."""
+    network = MoME(bundle.architecture).eval()
+    network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in bundle.tensors.items()})
+    network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     rows = read_rows(results) if results.exists() else []
     done = {row.name for row in rows}
     for case in cases:
         if case.name in done:
             continue
-        row = evaluate_case(case, bundle, network)
+        row = evaluate_case(case, bundle, network, threads)
         rows.append(row)
         with results.open("a", newline="") as file:
             csv.writer(file).writerow([*row[:3], *(f"{v:.4f}" for v in (*row[3:6], *row.baseline))])
@@ -176,7 +186,7 @@ def read_rows(results: Path) -> list[Row]:
     """The rows of an earlier `evaluate`."""
     with results.open(newline="") as file:
         return [
-            Row(*line[:3], *(float(v) for v in line[3:6]), [float(v) for v in line[6:]])  # type: ignore[misc]
+            Row(*line[:3], *map(float, line[3:6]), baseline=[float(v) for v in line[6:]])
             for line in csv.reader(file)
         ]
 

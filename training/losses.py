@@ -20,8 +20,8 @@ def dice_ce(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
         smooth: Added to numerator and denominator of the Dice, in voxels.
 
     Returns:
-        A scalar: cross-entropy averaged over all voxels of the batch, minus the mean Dice over samples and
-        foreground classes; -1 is perfect.
+        A scalar: cross-entropy averaged over all voxels of the batch, minus the mean Dice over
+        samples and foreground classes; -1 is perfect.
     """
     target = target.long()
     cross_entropy = functional.cross_entropy(logits, target)
@@ -34,7 +34,7 @@ def dice_ce(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
 
 
 def level_weights(levels: int, *, drop_coarsest: bool) -> list[float]:
-    """Weights 1, 1/2, 1/4, ... divided by their sum; the published code gives the coarsest level 0."""
+    """Weights 1, 1/2, 1/4, ... divided by their sum; the published code drops the coarsest."""
     raw = [0.5**level for level in range(levels)]
     if drop_coarsest:
         raw[-1] = 0.0
@@ -91,8 +91,8 @@ def curriculum_loss(
         progress: epoch / total epochs, 0 to 1.
         smooth: See `dice_ce`.
 
-    The specialisation term is a sum over the batch and the fused term a mean, as in the published code;
-    equation 2 of the paper is written for one image.
+    The specialisation term is a sum over the batch and the fused term a mean, as in the published
+    code; equation 2 of the paper is written for one image.
     """
     targets = targets_at_levels(target, len(weights))
     share = curriculum_weight(progress)

@@ -1,18 +1,21 @@
 """Synthetic MR images with lesions: contrast, lesions by kind and modality, acquisition.
 
-Intensities are relative to white matter = 1 until the last step, the whole-volume z-score. The ranges of
-contrast come from the training config; the shapes and structures here are the same for every run. Nothing
-is trained on a real lesion.
+Intensities are relative to white matter = 1 until the last step, the whole-volume z-score. The
+ranges of contrast come from the training config; the shapes and structures here are the same for
+every run. Nothing is trained on a real lesion.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+
+from mome_sdk import _core
 
 from .anatomy import (
     FLUID,
@@ -37,7 +40,11 @@ DEEP_GREY = ("thalamus", "striatum", "pallidum", "hippocampus and amygdala")
 
 @dataclass(frozen=True)
 class Sample:
-    """image: z-scored float32 (D, H, W); lesion: 0 or 1; tissue: 0 background, 1 WM, 2 GM, 3 fluid."""
+    """One image (D, H, W).
+
+    image: float32 z-score; lesion: 0 or 1; tissue: 0 background, 1 white, 2 grey, 3 fluid; kind: of
+    the lesion, or "none".
+    """
 
     image: Float
     lesion: Byte
@@ -86,7 +93,7 @@ def synthesise(
 
 
 def _uniform(rng: np.random.Generator, limits: Range) -> np.float32:
-    return np.float32(rng.uniform(*limits))
+    return np.float32(float(rng.uniform(*limits)))
 
 
 def _tissue_intensities(
@@ -132,66 +139,68 @@ def _healthy(
     image += np.where(head.among("cerebellar cortex"), folia * mixed, 0)
     for paint in _ARTEFACTS:
         if rng.random() < config.artefacts:
-            paint(image, head, means, modality, rng)
+            paint(_Scene(image, head, modality), rng)
     return image
 
 
-def _paint_ependyma(
-    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
-) -> None:
+class _Scene(NamedTuple):
+    """A healthy image that artefacts are painted into, in place."""
+
+    image: Float
+    head: Head
+    modality: str
+
+
+def _paint_ependyma(scene: _Scene, rng: np.random.Generator) -> None:
     """Thin bright lining of the ventricles."""
-    near = (head.ventricle_mm > 0) & (head.ventricle_mm <= rng.uniform(1, 2)) & head.parenchyma
-    image[near] += _uniform(rng, (0.0, 0.14))
+    near = (
+        (scene.head.ventricle_mm > 0)
+        & (scene.head.ventricle_mm <= rng.uniform(1, 2))
+        & scene.head.parenchyma
+    )
+    scene.image[near] += _uniform(rng, (0.0, 0.14))
 
 
-def _paint_choroid_plexus(
-    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
-) -> None:
+def _paint_choroid_plexus(scene: _Scene, rng: np.random.Generator) -> None:
     """Blobs in the ventricles; the label maps have no choroid plexus."""
-    noise = smooth_field(rng, image.shape, 5.0, 1.0)
-    blob = head.among("ventricle") & (noise > rng.uniform(0.8, 1.6))
-    image[blob] = _uniform(rng, (0.8, 2.4) if modality == "T1ce" else (0.5, 1.35))
+    noise = smooth_field(rng, scene.image.shape, 5.0, 1.0)
+    blob = scene.head.among("ventricle") & (noise > rng.uniform(0.8, 1.6))
+    scene.image[blob] = _uniform(rng, (0.8, 2.4) if scene.modality == "T1ce" else (0.5, 1.35))
 
 
-def _paint_rim(
-    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
-) -> None:
+def _paint_rim(scene: _Scene, rng: np.random.Generator) -> None:
     """Bright edge that a skull strip leaves."""
-    inside = head.tissue > 0
+    inside = scene.head.tissue > 0
     edge = inside & ~ndimage.binary_erosion(inside, iterations=int(rng.integers(1, 3)))
-    patches = smooth_field(rng, image.shape, 25.0, 1.0) > rng.uniform(-0.5, 1.0)
-    image[edge & patches] += _uniform(rng, (0.1, 0.8))
+    patches = smooth_field(rng, scene.image.shape, 25.0, 1.0) > rng.uniform(-0.5, 1.0)
+    scene.image[edge & patches] += _uniform(rng, (0.1, 0.8))
 
 
-def _paint_coil(
-    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
-) -> None:
+def _paint_coil(scene: _Scene, rng: np.random.Generator) -> None:
     """Brightness towards the receive coil: wide bumps centred on the head's surface."""
-    surface = np.argwhere((head.tissue > 0) & ~ndimage.binary_erosion(head.tissue > 0))
+    surface = np.argwhere((scene.head.tissue > 0) & ~ndimage.binary_erosion(scene.head.tissue > 0))
     if not len(surface):
         return
-    axes = np.ogrid[tuple(slice(0, size) for size in image.shape)]
+    axes = np.ogrid[tuple(slice(0, size) for size in scene.image.shape)]
     for centre in surface[rng.integers(0, len(surface), rng.integers(1, 4))]:
         width = rng.uniform(8, 35)
-        gain = rng.uniform(-0.1, 0.9 if modality == "DWI" else 0.22)
+        gain = rng.uniform(-0.1, 0.9 if scene.modality == "DWI" else 0.22)
         bump = np.float32(gain)
         for axis, middle in zip(axes, centre, strict=True):
             bump = bump * np.exp(-(((axis - middle) / width) ** 2) / 2).astype(np.float32)
-        image *= 1 + bump
+        scene.image[...] *= 1 + bump
 
 
-def _paint_susceptibility(
-    image: Float, head: Head, means: Float, modality: str, rng: np.random.Generator
-) -> None:
+def _paint_susceptibility(scene: _Scene, rng: np.random.Generator) -> None:
     """DWI: a sharp bright band at the lower edge of the brain, over air-filled bone."""
-    if modality != "DWI":
+    if scene.modality != "DWI":
         return
-    inside = head.tissue > 0
+    inside = scene.head.tissue > 0
     band = int(rng.integers(2, 8))
     below = inside.copy()
     below[band:] &= ~inside[:-band]  # no head `band` voxels further down
-    patches = smooth_field(rng, image.shape, 20.0, 1.0) > rng.uniform(0.3, 1.3)
-    image[below & patches] += _uniform(rng, (0.4, 1.8))
+    patches = smooth_field(rng, scene.image.shape, 20.0, 1.0) > rng.uniform(0.3, 1.3)
+    scene.image[below & patches] += _uniform(rng, (0.4, 1.8))
 
 
 _ARTEFACTS = (
@@ -207,14 +216,12 @@ _ARTEFACTS = (
 class _Blob:
     """One focus: where it is and how much of each voxel it covers (0 to 1)."""
 
-    box: tuple[slice, slice, slice]
+    box: tuple[slice, ...]
     alpha: Float
     distance: Float  # 1 at the contour, 0 at the centre
 
 
-def _blob(
-    allowed: Mask, centre: NDArray[np.int64], voxels: int, rng: np.random.Generator
-) -> _Blob:
+def _blob(allowed: Mask, centre: NDArray[np.int64], voxels: int, rng: np.random.Generator) -> _Blob:
     """A noisy ellipsoid of exactly `voxels` allowed voxels (fewer where they do not fit)."""
     radius = (3 * voxels / (4 * np.pi)) ** (1 / 3)
     reach = int(2.2 * radius) + 3
@@ -222,7 +229,9 @@ def _blob(
         slice(max(0, int(c) - reach), min(size, int(c) + reach + 1))
         for c, size in zip(centre, allowed.shape, strict=True)
     )
-    axes = [np.arange(s.start, s.stop, dtype=np.float32) - c for s, c in zip(box, centre, strict=True)]
+    axes = [
+        np.arange(s.start, s.stop, dtype=np.float32) - c for s, c in zip(box, centre, strict=True)
+    ]
     stretch = rng.uniform(0.7, 1.4, 3)
     directions = np.linalg.qr(rng.standard_normal((3, 3)))[0] / stretch[:, None]
     square = np.zeros([len(axis) for axis in axes], np.float32)
@@ -265,7 +274,7 @@ def _brightness(
     grey = means[INDEX["cortex"]]
     reference = grey if contrast.reference == "gm" else max(grey, np.float32(1.0))
     value = _uniform(rng, contrast.lesion[part]) * reference * rng.uniform(0.92, 1.08)
-    return np.float32(min(value, contrast.lesion_max))
+    return np.float32(min(float(value), contrast.lesion_max))
 
 
 def _paint_foci(
@@ -313,7 +322,7 @@ def _band(head: Head, allowed: Mask, voxels: int, rng: np.random.Generator) -> l
     slope = np.clip((contour - score) / np.float32(rng.uniform(0.25, 0.9)), -30, 30)
     alpha = np.where(near, 1 / (1 + np.exp(-slope)), 0).astype(np.float32)
     everywhere = tuple(slice(0, size) for size in allowed.shape)
-    return [_Blob(everywhere, alpha, score)]  # type: ignore[arg-type]
+    return [_Blob(everywhere, alpha, score)]
 
 
 def _infarct(
@@ -352,14 +361,12 @@ def _tumour(
     voxels: int,
     rng: np.random.Generator,
 ) -> tuple[Float, Float]:
-    """Oedema, a solid core, and necrosis with or without an enhancing rim; the label is all of it."""
+    """Oedema, a solid core, necrosis with or without an enhancing rim; the label is all of it."""
     allowed = head.parenchyma
     shape = allowed.shape
     weight = allowed * np.where(head.among("white matter"), np.float32(1), np.float32(0.2))
     foci = [_blob(allowed, centre, voxels, rng) for centre in _centres(weight, 1, rng)]
-    alpha, brightness = _paint_foci(
-        foci, _brightness("oedema", contrast, means, rng), shape, rng
-    )
+    alpha, brightness = _paint_foci(foci, _brightness("oedema", contrast, means, rng), shape, rng)
     solid, necrosis, rim = rng.random() < 0.75, rng.random() < 0.6, rng.random() < 0.6
     for focus in foci:
         core = rng.uniform(0.4, 0.95)
@@ -420,15 +427,15 @@ def _thick_slices(image: Float, axis: int, thickness: int, phase: int) -> Float:
     return np.ascontiguousarray(np.moveaxis(linear, -1, axis), np.float32)
 
 
-def _zscore(
-    image: Float, head: Head, means: Float, sds: Float, rng: np.random.Generator
-) -> Float:
+def _zscore(image: Float, head: Head, means: Float, sds: Float, rng: np.random.Generator) -> Float:
     """Whole-volume z-score; for a part of the head from the expected histogram of the whole."""
     if head.whole:
-        return ((image - image.mean(dtype=np.float64)) / image.std(dtype=np.float64)).astype(np.float32)
+        return _core.zscore(np.ascontiguousarray(image, np.float32))
     share = head.histogram / head.histogram.sum()
     mean = float(share @ means)
-    variance = float(share @ (means.astype(np.float64) ** 2 + sds.astype(np.float64) ** 2)) - mean**2
+    variance = (
+        float(share @ (means.astype(np.float64) ** 2 + sds.astype(np.float64) ** 2)) - mean**2
+    )
     mean *= rng.uniform(0.96, 1.04)
     sd = np.sqrt(variance) * rng.uniform(0.96, 1.04)
-    return ((image - np.float32(mean)) / np.float32(sd)).astype(np.float32)
+    return np.asarray((image - mean) / sd, np.float32)

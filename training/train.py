@@ -1,8 +1,8 @@
 """Stage 1 trains the experts, stage 2 all networks jointly; both resume where they stopped.
 
-A run folder holds `experts/<modality>.safetensors`, then `joint/checkpoint.safetensors` and `run.json`;
-`mome import RUN -o BUNDLE` makes a bundle of it. Patches are drawn from seeds (run, stage, step), so a
-resumed run sees the patches that an uninterrupted one would have seen.
+A run folder holds `experts/<modality>.safetensors`, then `joint/checkpoint.safetensors` and
+`run.json`; `mome import RUN -o BUNDLE` makes a bundle of it. Patches are drawn from seeds (run,
+stage, step), so a resumed run sees the patches that an uninterrupted one would have seen.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def load_anatomies(config: TrainConfig, folder: Path, *, held_out: bool = False)
 def patch_source(
     config: TrainConfig, anatomies: Sequence[Anatomy], stage: int, modalities: Sequence[int]
 ) -> Callable[[int], Patch]:
-    """Index -> patch, a function of the seeds alone; each patch comes twice, the second time mirrored."""
+    """Index -> patch, a function of the seeds alone; each comes twice, the second time mirrored."""
 
     @lru_cache(maxsize=REPEAT_AFTER + 1)
     def draw(index: int) -> Patch:
@@ -64,7 +64,7 @@ def patch_source(
         modality = int(rng.choice(modalities))
         anatomy = anatomies[int(rng.integers(len(anatomies)))]
         room = np.array(anatomy.tissue.shape) - config.patch
-        z, y, x = (int(v) for v in rng.integers(0, room + 1))
+        z, y, x = (int(rng.integers(0, free + 1)) for free in room)
         name = config.modalities[modality]
         sample = synthesise(anatomy, (z, y, x), config.patch, name, config.synthesis, rng)
         image, lesion, tissue = map(torch.from_numpy, (sample.image, sample.lesion, sample.tissue))
@@ -83,7 +83,9 @@ def patch_source(
 def batch_of(source: Callable[[int], Patch], step: int, batch: int) -> tuple[Tensor, ...]:
     """Images (B, 1, D, H, W), lesions, tissues (B, D, H, W), modalities (B,) of one step."""
     patches = [source(step + index * 1_000_000) for index in range(batch)]
-    images = torch.stack([p.image for p in patches]).contiguous(memory_format=torch.channels_last_3d)
+    images = torch.stack([p.image for p in patches]).contiguous(
+        memory_format=torch.channels_last_3d
+    )
     lesions = torch.stack([p.lesion for p in patches])
     tissues = torch.stack([p.tissue for p in patches]).long()
     return images, lesions, tissues, torch.tensor([p.modality for p in patches])
@@ -150,8 +152,8 @@ def train_expert(
 def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) -> None:
     """Stage 2: all networks under the curriculum loss; writes `joint/checkpoint.safetensors`.
 
-    In the first `warm_up` steps only the gate learns, from the fused loss; then the curriculum runs from
-    the experts' own losses to the fused loss (paper, equation 2).
+    In the first `warm_up` steps only the gate learns, from the fused loss; then the curriculum runs
+    from the experts' own losses to the fused loss (paper, equation 2).
 
     Raises:
         BundleError: `bundle.missing`, an expert is not finished.
@@ -169,9 +171,7 @@ def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) ->
         {"params": list(model.experts.parameters()), "lr": stage.lr},
         {"params": list(model.gate.parameters()), "lr": stage.gate_lr},
     ]
-    weights = level_weights(
-        config.loss.levels, drop_coarsest=config.loss.levels == arch.stages - 1
-    )
+    weights = level_weights(config.loss.levels, drop_coarsest=config.loss.levels == arch.stages - 1)
     source = patch_source(config, anatomies, 100, range(arch.experts))
 
     def loss_of(step: int) -> Tensor:
@@ -209,7 +209,7 @@ def _optimise(
     loss_of: Callable[[int], Tensor],
     where: Path,
 ) -> None:
-    """The training loop: poly learning rate, clipped gradients, a log line and a state every so often."""
+    """The loop: poly learning rate, clipped gradients, a log line and a state every so often."""
     model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     optimizer = _optimizer(groups, stage)
     base = [group["lr"] for group in optimizer.param_groups]
@@ -220,7 +220,7 @@ def _optimise(
             group["lr"] = lr * (1 - step / stage.steps) ** POLY_POWER
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(step)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -283,11 +283,14 @@ def _write_record(config: TrainConfig, run: Path) -> None:
         "architecture": dataclasses.asdict(config.architecture),
         "patch": config.patch,
         "modalities": config.modalities,
+        "licence": config.licence,
+        "notice": config.notice,
         "training": {
             "data": "synthetic lesions painted into anatomical label maps",
             "seed": config.seed,
             "train": config.data.train,
             "held_out": config.data.held_out,
+            "expert_order": "order by training configuration",
             "expert_steps": config.experts.steps,
             "joint_steps": config.joint.steps,
             "torch": torch.__version__.split("+")[0],
@@ -306,8 +309,8 @@ def train(
         labelmaps: Folder of the label maps that `config.data` names.
         run: Folder of the results; what is finished in it is not trained again.
         stage: Which part.
-        experts: The modalities that the experts stage trains, in this order; two processes may share a run
-            folder if they train different experts.
+        experts: The modalities that the experts stage trains, in this order; two processes may
+            share a run folder if they train different experts.
     """
     for folder in ("experts", "joint"):
         (run / folder).mkdir(parents=True, exist_ok=True)

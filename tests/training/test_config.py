@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from mome_sdk.errors import InputError
 from mome_sdk.training.__main__ import DEMO_CONFIG
 from mome_sdk.training.config import load_config

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from mome_sdk.network import MomeOutput
 from mome_sdk.training.losses import (
     curriculum_loss,
@@ -16,7 +18,6 @@ from mome_sdk.training.losses import (
     level_weights,
     targets_at_levels,
 )
-from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "a"
 # The README of the golden data: losses differ by 1.1e-7 in a repeat in float64.

@@ -1,4 +1,4 @@
-"""Synthetic heads: repeatable, with the volume that was asked for, where a lesion of that kind can be."""
+"""Synthetic heads: repeatable, with the volume that was drawn, where such a lesion can be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from labelmap import write_labelmap
 from mome_sdk.errors import InputError
 from mome_sdk.nifti import write_nifti
@@ -63,8 +64,8 @@ def test_lesions_differ_from_white_matter_as_the_modality_says(anatomy, config, 
 
 
 def test_volume_is_the_one_drawn(anatomy, config):
-    # T1 labels at half of the painted edge, so the contour holds the drawn volume; foci under 15 voxels
-    # are dropped and foci may overlap.
+    # T1 labels at half of the painted edge, so the contour holds the drawn volume; foci under 15
+    # voxels are dropped and foci may overlap.
     narrow = dataclasses.replace(config, volume_ml=(1.0, 1.0))
     volumes = [head(anatomy, narrow, "T1", seed).lesion.sum() for seed in range(10)]
     assert 800 <= np.median(volumes) <= 1005
@@ -81,13 +82,15 @@ def test_lesion_stays_in_the_brain_and_a_free_patch_has_none(anatomy, config):
 
 
 def test_patch_is_normalised_as_its_head_would_be(anatomy, config):
-    """White matter of patches (expected histogram) and of whole heads (real one) agree on average."""
+    """White matter of patches (expected histogram) and of heads (real one) agree on average."""
     heads, patches = [], []
     for seed in range(12):
         sample = head(anatomy, config, "FLAIR", seed)
         heads.append(np.median(sample.image[sample.tissue == 1]))
         rng = np.random.default_rng(seed)
-        box = synthesise(anatomy, (12, 12, 12), (16, 16, 16), "FLAIR", config, rng, lesion_free=0.0)
+        box = synthesise(
+            anatomy, (12, 12, 12), (16, 16, 16), "FLAIR", config, rng, lesion_free=0.0
+        )
         patches.append(np.median(box.image[box.tissue == 1]))
     assert np.mean(patches) == pytest.approx(np.mean(heads), abs=0.25)
 
