@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import reference
 from mome_sdk import _core
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.sliding_window import SlidingWindow
