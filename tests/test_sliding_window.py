@@ -304,6 +304,13 @@ def test_an_engine_on_another_device_is_an_error() -> None:
     assert caught.value.code == "engine.device"
 
 
+@pytest.mark.parametrize("sizes", [{"channels": 0}, {"classes": -2}, {"experts": -1}])
+def test_an_engine_without_channels_or_classes_is_an_error(sizes: dict[str, int]) -> None:
+    with pytest.raises(EngineError, match=r"declares .* channels, .* classes") as caught:
+        SlidingWindow((4, 4, 4)).run(FunctionEngine(identity, **sizes), random_image(1, 4, 4, 4))
+    assert caught.value.code == "engine.shape"
+
+
 def test_shares_of_an_engine_without_experts_are_an_error() -> None:
     with pytest.raises(EngineError, match="has no experts") as caught:
         SlidingWindow((4, 4, 4)).run_with_shares(

@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 Range = tuple[float, float]
+Index3 = tuple[int, int, int]
 T = TypeVar("T")
 
 
@@ -26,7 +27,9 @@ class StageConfig:
 
     Attributes:
         steps: Optimiser steps.
-        continued_steps: Steps of an expert that starts from another one's weights (experts stage).
+        small_patch: Edges of the patches of the first `small_steps` steps, which are cheaper; the
+            rest of the steps have the patch of inference.
+        small_steps: Number of those steps.
         batch: Patches in each step.
         lr: Learning rate at step 0; it falls as (1 - step / steps) ** 0.9.
         optimizer: "adamw" or "sgd" (Nesterov, momentum 0.99, as published).
@@ -36,11 +39,12 @@ class StageConfig:
     """
 
     steps: int
+    small_patch: Index3
+    small_steps: int
     batch: int
     lr: float
     optimizer: str
     weight_decay: float
-    continued_steps: int = 0
     gate_lr: float = 0.0
     warm_up: int = 0
 
@@ -142,6 +146,8 @@ class TrainConfig:
         modalities: In expert order.
         patch: Window (D, H, W), the same in training and inference: instance norm makes other
             windows give other results.
+        experts, continued, joint: Stage 1 of an expert from nothing, stage 1 of an expert that
+            starts from another one's weights, stage 2.
         warm_start: Expert -> expert whose finished weights it starts from.
     """
 
@@ -150,11 +156,12 @@ class TrainConfig:
     notice: str
     seed: int
     modalities: tuple[str, ...]
-    patch: tuple[int, int, int]
+    patch: Index3
     architecture: Architecture
     data: DataConfig
     loss: LossConfig
     experts: StageConfig
+    continued: StageConfig
     joint: StageConfig
     warm_start: Mapping[str, str]
     synthesis: SynthesisConfig

@@ -134,8 +134,8 @@ def evaluate_case(
 def real_cases(folder: Path, grid: Grid) -> Iterator[Case]:
     """The FLAIR scans of MS 19, MS 26 and a glioma, with the masks that came with them.
 
-    The MS scans lie in MNI space and are resampled; the glioma (1 mm, another atlas) is cut to the
-    size of the model grid around its brain.
+    The MS scans lie in MNI space and are resampled; the glioma (1 mm, another atlas) is cut or
+    padded to the size of the model grid around its brain.
     """
     for patient in ("ms_patient19", "ms_patient26"):
         scan = read_nifti(folder / patient / "FLAIR.nii.gz").resample(grid)
@@ -147,13 +147,11 @@ def real_cases(folder: Path, grid: Grid) -> Iterator[Case]:
         for name in ("FLAIR", "tumour_auto_consensus")
     )
     inside = np.argwhere(scan.array > 0)
-    middle = (inside.min(0) + inside.max(0)) // 2
-    i, j, k = (
-        int(np.clip(m - size // 2, 0, full - size))
-        for m, size, full in zip(middle, grid.shape, scan.array.shape, strict=True)
-    )
-    start = (i, j, k)
-    yield _real("glioma", scan.crop(start, grid.shape), mask.crop(start, grid.shape))
+    first = (inside.min(axis=0) + inside.max(axis=0) - np.array(grid.shape)) // 2
+    affine = scan.affine.copy()
+    affine[:3, 3] += scan.affine[:3, :3] @ first
+    around = Grid(grid.shape, affine)  # whole voxels away, so that resampling copies them
+    yield _real("glioma", scan.resample(around), mask.resample(around))
 
 
 def _real(name: str, scan: Volume, mask: Volume) -> Case:

@@ -110,7 +110,7 @@ def _tissue_intensities(
             means[index], sds[index] = rng.uniform(0.96, 1.04), rng.uniform(0.01, 0.05)
         else:
             mix = rng.uniform(0.2, 1.0) if name in DEEP_GREY else rng.uniform(0.95, 1.05)
-            means[index], sds[index] = 1 + mix * (grey - 1), rng.uniform(0.02, 0.1)
+            means[index], sds[index] = 1 + mix * (grey - 1), rng.uniform(0.02, 0.07)
     means[INDEX["white matter"]] = 1.0
     factor = _uniform(rng, contrast.cerebellum)
     means[[INDEX["cerebellar white matter"], INDEX["cerebellar cortex"]]] *= factor

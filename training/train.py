@@ -28,7 +28,7 @@ from mome_sdk.files import write_file
 from mome_sdk.network import MoME, UNet
 
 from .anatomy import Anatomy, load_anatomy
-from .config import LossConfig, StageConfig, TrainConfig
+from .config import Index3, LossConfig, StageConfig, TrainConfig
 from .losses import curriculum_loss, deep_supervision, level_weights, targets_at_levels
 from .synth import synthesise
 
@@ -47,6 +47,9 @@ class Patch(NamedTuple):
     modality: int
 
 
+PatchSource = Callable[[int, int], Patch]
+
+
 def load_anatomies(config: TrainConfig, folder: Path, *, held_out: bool = False) -> list[Anatomy]:
     """The label maps that train, or the held-out ones, from a folder of `<stem>.nii.gz`."""
     stems = config.data.held_out if held_out else config.data.train
@@ -54,35 +57,52 @@ def load_anatomies(config: TrainConfig, folder: Path, *, held_out: bool = False)
 
 
 def patch_source(
-    config: TrainConfig, anatomies: Sequence[Anatomy], stage: int, modalities: Sequence[int]
-) -> Callable[[int], Patch]:
-    """Index -> patch, a function of the seeds alone; each comes twice, the second time mirrored."""
+    config: TrainConfig,
+    stage: StageConfig,
+    anatomies: Sequence[Anatomy],
+    modalities: Sequence[int],
+    stream: int,
+) -> PatchSource:
+    """(step, number in the batch) -> patch, a function of the seeds alone.
 
-    @lru_cache(maxsize=REPEAT_AFTER + 1)
-    def draw(index: int) -> Patch:
-        rng = np.random.default_rng([config.seed, stage, index])
+    Each patch comes twice, the second time mirrored. `stream` tells the stages' seeds apart.
+    """
+
+    @lru_cache(maxsize=(REPEAT_AFTER + 1) * stage.batch)
+    def draw(step: int, number: int) -> Patch:
+        rng = np.random.default_rng([config.seed, stream, step, number])
         modality = int(rng.choice(modalities))
         anatomy = anatomies[int(rng.integers(len(anatomies)))]
-        room = np.array(anatomy.tissue.shape) - config.patch
-        z, y, x = (int(rng.integers(0, free + 1)) for free in room)
+        small = step < stage.small_steps
+        shape = stage.small_patch if small else config.patch
+        start = _box(anatomy, shape, rng, in_head=small)
         name = config.modalities[modality]
-        sample = synthesise(anatomy, (z, y, x), config.patch, name, config.synthesis, rng)
+        sample = synthesise(anatomy, start, shape, name, config.synthesis, rng)
         image, lesion, tissue = map(torch.from_numpy, (sample.image, sample.lesion, sample.tissue))
         return Patch(image[None], lesion, tissue, modality)
 
-    def patch(index: int) -> Patch:
-        if (index // REPEAT_AFTER) % 2 == 0:
-            return draw(index)
-        first = draw(index - REPEAT_AFTER)
+    def patch(step: int, number: int) -> Patch:
+        if (step // REPEAT_AFTER) % 2 == 0:
+            return draw(step, number)
+        first = draw(step - REPEAT_AFTER, number)
         image, lesion, tissue = (volume.flip(-1) for volume in first[:3])  # left-right
         return Patch(image, lesion, tissue, first.modality)
 
     return patch
 
 
-def batch_of(source: Callable[[int], Patch], step: int, batch: int) -> tuple[Tensor, ...]:
+def _box(anatomy: Anatomy, shape: Index3, rng: np.random.Generator, *, in_head: bool) -> Index3:
+    """First voxel of a random box; `in_head` asks for its centre to be in the head."""
+    grid = anatomy.tissue.shape
+    while True:
+        z, y, x = (int(rng.integers(0, g - s + 1)) for g, s in zip(grid, shape, strict=True))
+        if not in_head or anatomy.tissue[z + shape[0] // 2, y + shape[1] // 2, x + shape[2] // 2]:
+            return z, y, x
+
+
+def batch_of(source: PatchSource, step: int, batch: int) -> tuple[Tensor, ...]:
     """Images (B, 1, D, H, W), lesions, tissues (B, D, H, W), modalities (B,) of one step."""
-    patches = [source(step + index * 1_000_000) for index in range(batch)]
+    patches = [source(step, number) for number in range(batch)]
     images = torch.stack([p.image for p in patches]).contiguous(
         memory_format=torch.channels_last_3d
     )
@@ -135,10 +155,10 @@ def train_expert(
     stage = config.experts
     if modality in config.warm_start:
         expert.load_state_dict(_load_expert(run, config.warm_start[modality]))
-        stage = dataclasses.replace(stage, steps=stage.continued_steps)
+        stage = config.continued
     model = ExpertLoss(expert, arch.features[0], arch.stages - 1, config.loss)
     groups = [{"params": list(model.parameters()), "lr": stage.lr}]
-    source = patch_source(config, anatomies, 1 + index, [index])
+    source = patch_source(config, stage, anatomies, [index], 1 + index)
 
     def loss_of(step: int) -> Tensor:
         images, lesions, tissues, _ = batch_of(source, step, stage.batch)
@@ -172,7 +192,7 @@ def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) ->
         {"params": list(model.gate.parameters()), "lr": stage.gate_lr},
     ]
     weights = level_weights(config.loss.levels, drop_coarsest=config.loss.levels == arch.stages - 1)
-    source = patch_source(config, anatomies, 100, range(arch.experts))
+    source = patch_source(config, stage, anatomies, range(arch.experts), 100)
 
     def loss_of(step: int) -> Tensor:
         frozen = step < stage.warm_up
@@ -292,6 +312,7 @@ def _write_record(config: TrainConfig, run: Path) -> None:
             "held_out": config.data.held_out,
             "expert_order": "order by training configuration",
             "expert_steps": config.experts.steps,
+            "continued_steps": config.continued.steps,
             "joint_steps": config.joint.steps,
             "torch": torch.__version__.split("+")[0],
         },

@@ -26,7 +26,7 @@ def test_demo_config_has_the_five_modalities_in_expert_order():
         ("seed = 2024", 'seed = "x"', "seed"),
         ("seed = 2024", "", "seed"),
         ("patch = [80, 80, 80]", "patch = [80, 80]", "patch"),
-        ("noise = [0.005, 0.06]", "noise = 0.1", "noise"),
+        ("noise = [0.005, 0.04]", "noise = 0.1", "noise"),
         ("seed = 2024", "seed = ", "TOML"),
     ],
 )
