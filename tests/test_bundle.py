@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import stat
 import zipfile
@@ -14,16 +13,14 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from conftest import TINY, random_tensors
 
 import mome_sdk
+from conftest import TINY, random_tensors
 from mome_sdk import Grid, ModelBundle
 from mome_sdk.bundle import create_bundle, tensor_places
 from mome_sdk.errors import BundleError, InputError, MomeError
 
-SCHEMA = json.loads(
-    (Path(mome_sdk.__file__).parent / "schemas" / "bundle.schema.json").read_text()
-)
+SCHEMA = json.loads((Path(mome_sdk.__file__).parent / "schemas" / "bundle.schema.json").read_text())
 INFO = {"name": "tiny", "patch": (16, 16, 16), "blend": "exact", "training": {"epochs": 1}}
 
 
@@ -216,7 +213,7 @@ def test_files_that_nobody_checked_are_refused(folder):
 
 def test_links_are_refused(folder):
     (folder / "NOTICE").rename(folder.parent / "NOTICE")
-    os.symlink(folder.parent / "NOTICE", folder / "NOTICE")
+    (folder / "NOTICE").symlink_to(folder.parent / "NOTICE")
     assert refused(folder).code == "bundle.link"
 
 

@@ -29,11 +29,15 @@ FP32 = 5e-4
 FP16 = 4e-2
 # Voxels whose two logits are closer than this may change sides by rounding in half precision.
 MARGIN = 0.05
-# OpenVINO sums the mean and variance of a norm's channel in float32, which costs 1e-4 of the channel's
-# deviation where much of a window is padding; the engines must agree to this part of the range.
+# OpenVINO's norms are off by 1e-4 of a channel's deviation where much of a window is padding (sums in
+# float32); the engines must agree to this part of the range of the logits.
 OF_RANGE = 1e-4
 # What the authors' predictor computed -> the blend that repeats it, and how well.
-VARIANTS = {"fp32acc": ("authors", FP32), "fp32gauss": ("exact", FP32), "fp16acc": ("authors", FP16)}
+VARIANTS = {
+    "fp32acc": ("authors", FP32),
+    "fp32gauss": ("exact", FP32),
+    "fp16acc": ("authors", FP16),
+}
 MIRRORS = {"no_mirror": (), "mirror8": (0, 1, 2)}
 
 
