@@ -32,7 +32,7 @@ from .config import Index3, LossConfig, StageConfig, TrainConfig
 from .losses import curriculum_loss, deep_supervision, level_weights, targets_at_levels
 from .synth import synthesise
 
-CLIP_NORM = 12.0  # nnU-Net 2.2
+CLIP_NORM = 12.0  # nnU-Net 2.2; the joint stage clips the gate only (published trainer)
 POLY_POWER = 0.9
 REPEAT_AFTER = 8  # every patch is used twice, the second time mirrored, this many steps later
 SAVE_EVERY = 100
@@ -165,7 +165,7 @@ def train_expert(
         loss: Tensor = model(images, lesions, tissues)
         return loss
 
-    _optimise(model, groups, stage, loss_of, run / "experts" / modality)
+    _optimise(model, model, groups, stage, loss_of, run / "experts" / modality)
     _save_tensors(expert, finished)
 
 
@@ -208,7 +208,7 @@ def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) ->
             smooth=config.loss.dice_smooth,
         )
 
-    _optimise(model, groups, stage, loss_of, run / "joint" / "train")
+    _optimise(model, model.gate, groups, stage, loss_of, run / "joint" / "train")
     _save_tensors(model, finished)
     _write_record(config, run)
 
@@ -224,6 +224,7 @@ def _start_as_average(model: MoME) -> None:
 
 def _optimise(
     model: nn.Module,
+    clipped: nn.Module,
     groups: list[dict[str, Any]],
     stage: StageConfig,
     loss_of: Callable[[int], Tensor],
@@ -241,7 +242,7 @@ def _optimise(
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(step)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(clipped.parameters(), CLIP_NORM)
         optimizer.step()
         losses.append(float(loss.detach()))
         if len(losses) == SAVE_EVERY or step + 1 == stage.steps:

@@ -88,9 +88,7 @@ def test_patch_is_normalised_as_its_head_would_be(anatomy, config):
         sample = head(anatomy, config, "FLAIR", seed)
         heads.append(np.median(sample.image[sample.tissue == 1]))
         rng = np.random.default_rng(seed)
-        box = synthesise(
-            anatomy, (12, 12, 12), (16, 16, 16), "FLAIR", config, rng, lesion_free=0.0
-        )
+        box = synthesise(anatomy, (12, 12, 12), (16, 16, 16), "FLAIR", config, rng, lesion_free=0.0)
         patches.append(np.median(box.image[box.tissue == 1]))
     assert np.mean(patches) == pytest.approx(np.mean(heads), abs=0.25)
 
