@@ -97,12 +97,12 @@ class Segmenter:
         self._open = True
 
     def predict(
-        self, image: Image, progress: Progress | None = None, *, shares: bool = False
+        self, volume: Image, progress: Progress | None = None, *, shares: bool = False
     ) -> Segmentation:
         """Find the lesions of one image.
 
         Args:
-            image: A Volume, the path of a .nii or .nii.gz file, a nibabel image, or an array
+            volume: A Volume, the path of a .nii or .nii.gz file, a nibabel image, or an array
                 (I, J, K) with its 4x4 affine to RAS mm. Any axis order; one modality.
             progress: Called with windows done and windows in all, on the thread that called
                 `predict`. An exception from it cancels the work and comes back to the caller.
@@ -118,9 +118,9 @@ class Segmenter:
         """
         timings: dict[str, float] = {}
         with _timed(timings, "read"):
-            volume, source = _opened(image)
+            image, source = _opened(volume)
         with _timed(timings, "prepare"):
-            prepared = prepare(volume, self.bundle, self.space)
+            prepared = prepare(image, self.bundle, self.space)
         with _timed(timings, "network"):
             normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
             logits, raw_shares = self._run(normalised, progress, shares=shares)
@@ -134,7 +134,7 @@ class Segmenter:
                 )
         return Segmentation(
             mask=mask,
-            affine=volume.affine,
+            affine=image.affine,
             probability=probability,
             expert_share=expert_share,
             timings=timings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -64,6 +65,22 @@ def test_one_input_gives_one_mask_and_a_table(
     mask = nib.load(out)
     assert mask.shape == (18, 20, 22)
     assert {path.name for path in scan.parent.iterdir()} == {"scan.nii.gz", "mask.nii.gz"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_and_clears_it(
+    scan: Path, predict: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert predict(scan, "-o", scan.with_name("mask.nii.gz")) == 0
+    drawn = terminal.getvalue().split("\r")
+    assert drawn[1] == f"scan.nii.gz [{'#' * 3}{'-' * 27}] 1/8"
+    assert drawn[-2:] == [f"scan.nii.gz [{'#' * 30}] 8/8", "\033[K"]
 
 
 def test_everything_asked_for_lies_beside_the_mask(

@@ -170,6 +170,15 @@ def test_an_image_in_another_space_is_not_mni(tiny_bundle: ModelBundle) -> None:
     assert "% of the head lie in the model's grid" in str(refusal.value)
 
 
+def test_noise_in_a_large_field_of_view_is_no_head(tiny_bundle: ModelBundle) -> None:
+    affine = np.diag((4.0, 4.0, 4.0, 1.0))
+    affine[:3, 3] = (-160.0, -160.0, -160.0)
+    head = phantom(where=Grid((80, 80, 80), affine))
+    noise = np.abs(np.random.default_rng(0).normal(0.0, 5.0, head.array.shape))
+    prepared = prepare(Volume(head.array + noise, affine), tiny_bundle, "mni")
+    assert prepared.source.matches(head.grid)
+
+
 @pytest.mark.parametrize("space", ["mni", "model"])
 def test_a_single_slice_is_no_volume(space: str, tiny_bundle: ModelBundle) -> None:
     volume = small().crop((0, 0, 3), (20, 24, 1))
