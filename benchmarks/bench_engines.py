@@ -50,7 +50,7 @@ def bench_engine(
     engine.close()
     benchmark.extra_info.update(
         parity=float(np.abs(logits - reference).max() / np.ptp(reference)),
-        parity_of=f"max |dlogit| / logit range, against {REFERENCE}",
+        parity_of=f"of the logit range, against {REFERENCE}",
         windows=1,
         mirror=1,
         threads=default_threads(),

@@ -47,7 +47,7 @@ def row(result: dict[str, Any]) -> str:
         f"{np.percentile(seconds, 90):.4f}",
         len(seconds),
         *(info[column] for column in COLUMNS),
-        f"{info['parity']:.1e} ({info['parity_of']})",
+        f"{info['parity']:.1e} {info['parity_of']}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

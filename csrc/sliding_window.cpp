@@ -151,11 +151,8 @@ class Runner {
   void clear(const Buffer<float>& buffer) const { fill(buffer, 0.0F); }
 
   void fill(const Buffer<float>& buffer, float value) const {
-    constexpr std::int64_t kPiece = 1 << 16;
-    const std::int64_t pieces = (buffer.size() + kPiece - 1) / kPiece;
-    parallel_for(pieces, options_.threads, [&](std::int64_t begin, std::int64_t end) {
-      std::fill(buffer.data() + begin * kPiece,
-                buffer.data() + std::min(end * kPiece, buffer.size()), value);
+    parallel_for(buffer.size(), options_.threads, [&](std::int64_t begin, std::int64_t end) {
+      std::fill(buffer.data() + begin, buffer.data() + end, value);
     });
   }
 
@@ -351,6 +348,13 @@ void check(const Engine& engine, TensorView<const float, 4> image,
                 "Engine " + engine.name() + " works on " + engine.device() +
                     ", but this runner keeps its buffers in host memory.",
                 "Open the engine with device=\"cpu\".");
+  }
+  if (engine.channels() < 1 || engine.classes() < 1 || engine.experts() < 0) {
+    throw Error("engine.shape",
+                "Engine " + engine.name() + " declares " + std::to_string(engine.channels()) +
+                    " channels, " + std::to_string(engine.classes()) + " classes and " +
+                    std::to_string(engine.experts()) + " experts.",
+                "It needs at least one channel and one class.");
   }
   if (image.shape[0] != engine.channels()) {
     throw Error("argument.channels", "The image has " + std::to_string(image.shape[0]) +

@@ -48,6 +48,7 @@ std::int64_t sliding_window_bytes(const Index3& shape, std::int64_t channels, st
 //   argument.*          shapes, step or batch that cannot be used
 //   volume.too-large    sliding_window_bytes() is more than the memory available
 //   engine.device       the engine wants its buffers elsewhere than in host memory
+//   engine.shape        the engine declares no channels or no classes
 //   engine.shares       shares asked of an engine that has none
 //   engine.not-finite   the engine left or wrote NaN or infinity
 // and what the engine and `progress` throw. Nothing is kept of an unfinished run.

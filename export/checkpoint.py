@@ -1,8 +1,8 @@
 """A checkpoint set to a bundle; pickled code never runs.
 
 Three kinds of folder are read: the six files of a published MoME, one fold of a plain nnU-Net (a
-MoME of one expert), and a run folder of our own training. The format of the first two is what nnU-Net
-2.2 and the MoME repository (ZhangxinruBIT/MoME) save.
+MoME of one expert), and a run folder of our own training. The first two are as nnU-Net 2.2 and the
+MoME repository (ZhangxinruBIT/MoME) save them.
 """
 
 from __future__ import annotations

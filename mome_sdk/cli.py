@@ -1,4 +1,4 @@
-"""The command `mome`: what users type, said and answered in one place."""
+"""The command `mome`: one function per command, and the exit status."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import contextlib
 import json
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -23,16 +25,15 @@ from mome_sdk.engines import ENGINES
 from mome_sdk.errors import EngineError, InputError, MomeError
 from mome_sdk.files import check_writable, make_folder, write_file
 from mome_sdk.nifti import NOTICE, read_nifti
-from mome_sdk.report import lesion_table, picture, report
+from mome_sdk.options import COMMON, TRAINING, parser
+from mome_sdk.report import headline, lesion_table, picture, report
 from mome_sdk.segmentation import Segmentation
-from mome_sdk.segmenter import MIRRORS, SPACES, Segmenter
+from mome_sdk.segmenter import Segmenter
 
 DONE, DEFECT, REFUSED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 _EXAMPLE = Path(__file__).parent / "data" / "example"
-_DELEGATED = ("train", "evaluate", "synth")
-_COMMON = ("-v", "--verbose", "--debug")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,17 +74,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    words = [word for word in arguments if word not in _COMMON]
-    if words and words[0] in _DELEGATED:
+    words = [word for word in arguments if word not in COMMON]
+    if words and words[0] in TRAINING:
         with _needs_extra("train"):
             from mome_sdk.training.__main__ import main as training_main
         return training_main(words)
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.command is None:
-        _parser().print_help(sys.stderr)
+        parser().print_help(sys.stderr)
         return REFUSED
-    run: Callable[[argparse.Namespace], int] = options.run
-    return run(options)
+    return _COMMANDS[options.command](options)
 
 
 @contextlib.contextmanager
@@ -110,176 +110,6 @@ def _refuse(error: MomeError, *, debug: bool, about: str = "") -> int:
 
 def _one_line(text: object) -> str:
     return " ".join(str(text).split())
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, but a wrong command line is one line like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(
-            "argument.usage", f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} -h`."
-        )
-
-
-def _parser() -> _Parser:
-    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    common.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
-    common.add_argument("--debug", action="store_true", help="show where an error came from")
-    parser = _Parser(
-        prog="mome",
-        parents=[common],
-        description=f"Brain lesion masks from one MR image of any modality. {NOTICE}.",
-        epilog="Exit status: 0 done; 2 wrong usage or unusable input, said in one line; 3 some of "
-        "several inputs failed; 130 interrupted; 1 a mistake of ours.",
-    )
-    parser.add_argument("--version", action="version", version=f"mome {version('mome-sdk')}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-
-    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str) -> _Parser:
-        description = f"{summary[:1].upper()}{summary[1:]}."
-        command: _Parser = commands.add_parser(
-            name, parents=[common], help=summary, description=description, allow_abbrev=False
-        )
-        command.set_defaults(run=run)
-        return command
-
-    demo = add("demo", _demo, "segment the bundled example with the bundled demonstration model")
-    demo.add_argument(
-        "-o",
-        "--output",
-        metavar="DIR",
-        type=Path,
-        default=Path("demo-out"),
-        help="folder for mask, picture and report (default: demo-out)",
-    )
-    _add_predict_options(add("predict", _predict, "find lesions in brain MR images"))
-    importing = add(
-        "import", _import, "turn the authors' checkpoint files, or a run, into a bundle"
-    )
-    importing.add_argument("folder", metavar="DIR", type=Path, help="the folder of the files")
-    importing.add_argument(
-        "-o",
-        "--output",
-        metavar="BUNDLE",
-        type=Path,
-        required=True,
-        help="folder or .zip to write",
-    )
-    importing.add_argument(
-        "--set",
-        choices=("best", "final", "latest"),
-        help="which of the authors' sets (default: the first of best, final, latest that is there)",
-    )
-    inspect = add("inspect", _inspect, "say what a bundle is: shapes, provenance, sha256")
-    inspect.add_argument("path", metavar="PATH", help="bundle folder or .zip, or demo")
-    add("doctor", _doctor, "say what this machine offers, what is missing and how to add it")
-    for name, summary in {
-        "train": "train experts and then the mixture, from a TOML file",
-        "evaluate": "measure training runs or bundles on a test split",
-        "synth": "make synthetic lesions for training",
-    }.items():
-        commands.add_parser(name, help=summary)
-    return parser
-
-
-def _add_predict_options(predict: _Parser) -> None:
-    predict.usage = "mome predict INPUT... -o OUT [options]"
-    predict.formatter_class = argparse.RawDescriptionHelpFormatter
-    predict.description = (
-        "Find lesions in brain MR images; each mask lies on the grid of its own image.\n"
-        "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI."
-    )
-    option = predict.add_argument
-    option("inputs", metavar="INPUT", type=Path, nargs="+", help="one image or several")
-    option(
-        "-o",
-        "--output",
-        metavar="OUT",
-        type=Path,
-        required=True,
-        help="mask to write, for one INPUT; a folder, for several: OUT/NAME.nii.gz for each. "
-        "What is there already is replaced, but never an INPUT",
-    )
-    option(
-        "--model",
-        metavar="BUNDLE",
-        default="demo",
-        help="bundle folder or .zip (default: the bundled demonstration model)",
-    )
-    option(
-        "--space",
-        choices=SPACES,
-        default="mni",
-        help="mni (default): registered to MNI152, any grid; model: on the model's grid, "
-        "already cropped",
-    )
-    option(
-        "--engine",
-        choices=("auto", *ENGINES),
-        default="auto",
-        help="auto (default: the fastest present), " + ", ".join(ENGINES),
-    )
-    option("--device", default="cpu", help="cpu (default), or cuda:0 with the torch engine")
-    option(
-        "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="fp32 (default), or bf16 where engine and processor have it",
-    )
-    option(
-        "--mirror",
-        choices=tuple(MIRRORS),
-        default="none",
-        help="none (default); all: average the 8 mirrored copies, as the authors do: 8 times "
-        "the work",
-    )
-    option(
-        "--step",
-        type=float,
-        default=0.5,
-        metavar="S",
-        help="distance of windows in parts of the patch, over 0 to 1 (default: 0.5)",
-    )
-    option(
-        "--blend",
-        choices=("exact", "authors"),
-        default=None,
-        help="window weights: exact, or the authors' half-precision ones (default: what the "
-        "bundle says)",
-    )
-    option(
-        "--batch",
-        type=_batch,
-        default="auto",
-        metavar="N",
-        help="windows per call of the engine, or auto (default)",
-    )
-    option(
-        "--threads",
-        type=int,
-        default=None,
-        metavar="N",
-        help="most threads (default: MOME_THREADS, or all cores)",
-    )
-    option(
-        "--probability",
-        action="store_true",
-        help="also write the lesion probability, NAME_probability.nii.gz",
-    )
-    option(
-        "--report",
-        action="store_true",
-        help="also write a picture, NAME.png, and a report, NAME.html",
-    )
-    option(
-        "--json",
-        action="store_true",
-        help="print one JSON object per INPUT on standard output, and nothing else",
-    )
-
-
-def _batch(text: str) -> int | str:
-    return text if text == "auto" else int(text)
 
 
 @dataclass(frozen=True)
@@ -443,7 +273,7 @@ def _print_result(job: _Job, result: Segmentation, *, verbose: bool) -> None:
     made = result.provenance
     print(
         f"{job.image} -> {written}\n"
-        f"{len(result.lesions)} lesions, {result.volume_ml:.3f} mL; "
+        f"{headline(result)} "
         f"{sum(result.timings.values()):.1f} s with {made['engine']}, {made['precision']}, "
         f"{made['windows']} windows, mirroring {made['mirror']}. {NOTICE}.",
         flush=True,
@@ -537,6 +367,8 @@ def _doctor(_: argparse.Namespace) -> int:
     features = ", ".join(name for name, present in _core.cpu_features().items() if present)
     print(f"processor    {features or 'no instruction set that the core looks for'}")
     print(f"threads      {_core.default_threads()} (MOME_THREADS changes it)")
+    for number, name in enumerate(_gpus()):
+        print(f"cuda:{number:<7} {name} (for the engine torch)")
     for name in ENGINES:
         try:
             print(f"{name:<12} {version(name)}")
@@ -547,3 +379,21 @@ def _doctor(_: argparse.Namespace) -> int:
     except MomeError as error:
         print(f"demo model   {error}")
     return DONE
+
+
+def _gpus() -> list[str]:
+    """Names of the NVIDIA GPUs; none where their driver is not installed."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "predict": _predict,
+    "import": _import,
+    "inspect": _inspect,
+    "doctor": _doctor,
+}

@@ -67,7 +67,9 @@ def members_of(path: Path) -> dict[str, Member]:
 
 def _folder_members(folder: Path) -> dict[str, Member]:
     members = {}
-    for entry in os.scandir(folder):
+    with os.scandir(folder) as entries:
+        listed = list(entries)
+    for entry in listed:
         if entry.is_symlink():
             raise BundleError(
                 "bundle.link",

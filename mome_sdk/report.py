@@ -85,7 +85,7 @@ def picture(volume: Volume, segmentation: Segmentation) -> bytes:
         panels.append(_panel(grey, mask[tuple(place)], (size[0], size[1])))
         captions.append(f"{plane.name}, {_side(plane.through, positions_mm[plane.through])}")
     stream = io.BytesIO()
-    _composed(panels, captions, px_per_mm, _headline(segmentation)).save(stream, "PNG")
+    _composed(panels, captions, px_per_mm, headline(segmentation)).save(stream, "PNG")
     return stream.getvalue()
 
 
@@ -108,7 +108,7 @@ def report(segmentation: Segmentation, png: bytes, *, title: str) -> str:
         "picture": base64.b64encode(png).decode("ascii"),
         "alt": html.escape(
             "Axial, coronal and sagittal plane of the image with the lesions marked. "
-            + _headline(segmentation)
+            + headline(segmentation)
         ),
         "lesions": _lesion_rows(lesions),
         "shares": _share_section(segmentation),
@@ -135,7 +135,8 @@ def lesion_table(lesions: Sequence[Lesion], *, most: int = 10) -> str:
     return "\n".join(lines)
 
 
-def _headline(segmentation: Segmentation) -> str:
+def headline(segmentation: Segmentation) -> str:
+    """How many lesions and how much, in one sentence."""
     count = len(segmentation.lesions)
     if count == 0:
         return "No lesion found."

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import nibabel as nib
 import numpy as np
@@ -23,11 +23,12 @@ from mome_sdk.nifti import Source, open_nifti, volume_of
 from mome_sdk.preprocess.pipeline import SPACES, Space, prepare, restore
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.sliding_window import SlidingWindow
-from mome_sdk.volume import Volume
+from mome_sdk.volume import Index3, Volume
 
 Image: TypeAlias = Volume | str | Path | SpatialImage | tuple[ArrayLike, ArrayLike]
 Progress: TypeAlias = Callable[[int, int], object]
 
+Blend: TypeAlias = Literal["exact", "authors"]
 # Axes (D, H, W) over which windows are mirrored; every combination is averaged, eight with "all".
 Mirror: TypeAlias = Literal["none", "all"]
 MIRRORS: dict[Mirror, tuple[int, ...]] = {"none": (), "all": (0, 1, 2)}
@@ -70,7 +71,7 @@ class Segmenter:
         space: Space = "mni",
         mirror: Mirror = "none",
         step: float = 0.5,
-        blend: str | None = None,
+        blend: Blend | None = None,
         batch: int | Literal["auto"] = "auto",
         threads: int | None = None,
     ) -> None:
@@ -83,7 +84,7 @@ class Segmenter:
             self.bundle.patch,
             step=step,
             mirror=MIRRORS[mirror],
-            blend=blend or self.bundle.blend,
+            blend=blend or cast(Blend, self.bundle.blend),
             batch=batch,
             threads=threads,
         )
@@ -96,12 +97,12 @@ class Segmenter:
         self._open = True
 
     def predict(
-        self, image: Image, progress: Progress | None = None, *, shares: bool = False
+        self, volume: Image, progress: Progress | None = None, *, shares: bool = False
     ) -> Segmentation:
         """Find the lesions of one image.
 
         Args:
-            image: A Volume, the path of a .nii or .nii.gz file, a nibabel image, or an array
+            volume: A Volume, the path of a .nii or .nii.gz file, a nibabel image, or an array
                 (I, J, K) with its 4x4 affine to RAS mm. Any axis order; one modality.
             progress: Called with windows done and windows in all, on the thread that called
                 `predict`. An exception from it cancels the work and comes back to the caller.
@@ -117,9 +118,9 @@ class Segmenter:
         """
         timings: dict[str, float] = {}
         with _timed(timings, "read"):
-            volume, source = _opened(image)
+            image, source = _opened(volume)
         with _timed(timings, "prepare"):
-            prepared = prepare(volume, self.bundle, self.space)
+            prepared = prepare(image, self.bundle, self.space)
         with _timed(timings, "network"):
             normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
             logits, raw_shares = self._run(normalised, progress, shares=shares)
@@ -133,11 +134,11 @@ class Segmenter:
                 )
         return Segmentation(
             mask=mask,
-            affine=volume.affine,
+            affine=image.affine,
             probability=probability,
             expert_share=expert_share,
             timings=timings,
-            provenance=self._provenance(prepared.volume.array.shape),
+            provenance=self._provenance(prepared.volume.grid.shape),
             source=source,
         )
 
@@ -199,7 +200,7 @@ class Segmenter:
             return self.windows.run_with_shares(self.engine, image, progress=progress)
         return self.windows.run(self.engine, image, progress=progress), None
 
-    def _provenance(self, shape: tuple[int, ...]) -> dict[str, Any]:
+    def _provenance(self, shape: Index3) -> dict[str, Any]:
         """What made the result, as JSON values. Nothing of the image's header or name is in it."""
         per_axis = self.windows.starts(shape)
         return {

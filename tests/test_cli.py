@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -21,7 +22,9 @@ import mome_sdk
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.cli import main
 from mome_sdk.nifti import NOTICE, write_nifti
+from mome_sdk.segmenter import Segmenter
 from mome_sdk.volume import Volume
+from phantom import phantom
 
 SCHEMA = json.loads(
     (Path(mome_sdk.__file__).parent / "schemas" / "result.schema.json").read_text("utf-8")
@@ -55,13 +58,29 @@ def test_one_input_gives_one_mask_and_a_table(
     assert predict(scan, "-o", out) == 0
     said = capsys.readouterr()
     assert NOTICE in said.out
-    assert re.search(r"\d+ lesions, \d+\.\d+ mL", said.out)
+    assert re.search(r"\d+ lesions?, \d+\.\d+ mL", said.out)
     assert "onnxruntime, fp32" in said.out
     assert "mirroring none" in said.out
     assert "scan.nii.gz: 8 of 8 windows" in said.err, "plain lines where there is no terminal"
     mask = nib.load(out)
     assert mask.shape == (18, 20, 22)
     assert {path.name for path in scan.parent.iterdir()} == {"scan.nii.gz", "mask.nii.gz"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_and_clears_it(
+    scan: Path, predict: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert predict(scan, "-o", scan.with_name("mask.nii.gz")) == 0
+    drawn = terminal.getvalue().split("\r")
+    assert drawn[1] == f"scan.nii.gz [{'#' * 3}{'-' * 27}] 1/8"
+    assert drawn[-2:] == [f"scan.nii.gz [{'#' * 30}] 8/8", "\033[K"]
 
 
 def test_everything_asked_for_lies_beside_the_mask(
@@ -212,6 +231,47 @@ def test_a_missing_extra_is_named(
     monkeypatch.setitem(sys.modules, "mome_sdk.training.__main__", None)
     assert main(["train", "demo.toml"]) == 2
     assert 'pip install "mome-sdk[train]"' in capsys.readouterr().err
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The phantom in the place of the bundled example."""
+    folder = tmp_path / "example"
+    folder.mkdir()
+    volume = phantom()
+    write_nifti(volume, folder / "flair.nii.gz")
+    write_nifti(Volume(volume.array > 200, volume.affine), folder / "lesion.nii.gz")
+    monkeypatch.setattr("mome_sdk.cli._EXAMPLE", folder)
+    return folder
+
+
+@pytest.mark.usefixtures("example")
+def test_demo_prints_a_table_and_writes_mask_picture_and_report(
+    tmp_path: Path,
+    bright_segmenter: Segmenter,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mome_sdk.cli.Segmenter", lambda _: bright_segmenter)
+    assert main(["demo", "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    dice = re.search(r"^Dice +(\d\.\d+) ", said, re.MULTILINE)
+    assert dice is not None
+    assert float(dice[1]) > 0.95
+    for part in (NOTICE, "lesions         1", " mL", "network", "read", "mirroring none"):
+        assert part in said
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"lesions.nii.gz", "lesions.png", "lesions.html"}
+
+
+@pytest.mark.slow
+def test_the_bundled_model_finds_the_bundled_lesions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "-o", str(tmp_path)]) == 0
+    dice = re.search(r"^Dice +(\d\.\d+) ", capsys.readouterr().out, re.MULTILINE)
+    assert dice is not None
+    assert float(dice[1]) >= 0.5
 
 
 def test_inspect_says_what_a_bundle_is(

@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from phantom import ORIENTATIONS, grid, phantom
 from PIL import Image
 
 from mome_sdk.nifti import NOTICE
 from mome_sdk.report import lesion_table, picture, report
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.volume import Grid, Volume
+from phantom import ORIENTATIONS, grid, phantom
 
 SHARES = {
     "T1": {"lesion": 0.7, "brain": 0.5},

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from phantom import ORIENTATIONS, grid, phantom
 from scipy import ndimage
 
 from mome_sdk.errors import InputError
 from mome_sdk.nifti import NOTICE, Source
 from mome_sdk.segmentation import Segmentation
+from phantom import ORIENTATIONS, grid, phantom
 
 AFFINE = np.diag((2.0, 3.0, 4.0, 1.0))
 AFFINE[:3, 3] = (-10.0, 5.0, 7.0)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import reference
 from mome_sdk import _core
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.sliding_window import SlidingWindow
@@ -302,6 +302,13 @@ def test_an_engine_on_another_device_is_an_error() -> None:
     with pytest.raises(EngineError, match="works on cuda:0") as caught:
         SlidingWindow((4, 4, 4)).run(engine, random_image(1, 4, 4, 4))
     assert caught.value.code == "engine.device"
+
+
+@pytest.mark.parametrize("sizes", [{"channels": 0}, {"classes": -2}, {"experts": -1}])
+def test_an_engine_without_channels_or_classes_is_an_error(sizes: dict[str, int]) -> None:
+    with pytest.raises(EngineError, match=r"declares .* channels, .* classes") as caught:
+        SlidingWindow((4, 4, 4)).run(FunctionEngine(identity, **sizes), random_image(1, 4, 4, 4))
+    assert caught.value.code == "engine.shape"
 
 
 def test_shares_of_an_engine_without_experts_are_an_error() -> None:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from phantom import ORIENTATIONS
 
 from mome_sdk.errors import GeometryError, InputError
 from mome_sdk.volume import Grid, Volume
+from phantom import ORIENTATIONS
 
 lengths = st.integers(1, 7)
 shapes = st.tuples(lengths, lengths, lengths)
@@ -198,7 +198,11 @@ def test_sizes_and_tilt() -> None:
         (np.ones((4, 4)), "geometry.affine", "last row 0 0 0 1"),
         (np.eye(3), "geometry.affine", r"shape \(3, 3\)"),
         (np.diag((1.0, np.nan, 1.0, 1.0)), "geometry.affine", "finite"),
-        ([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], "geometry.singular-affine", "lengths"),
+        (
+            [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]],
+            "geometry.singular-affine",
+            "lengths",
+        ),
     ],
 )
 def test_an_untrustworthy_affine_is_refused(affine: object, code: str, text: str) -> None:

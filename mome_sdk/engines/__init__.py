@@ -57,6 +57,54 @@ class Engine(Protocol):
         """Free what the engine holds; it cannot run afterwards. Closing twice does nothing."""
 
 
+class BundleEngine:
+    """What the engines below share: sizes, and the checks before a run."""
+
+    name: str
+    device = "cpu"
+    precision = "fp32"
+    batch: int | None = None
+
+    def __init__(self, bundle: ModelBundle) -> None:
+        architecture = bundle.architecture
+        self.channels = architecture.in_channels
+        self.classes = architecture.classes
+        self.experts = architecture.experts
+        self._multiple = architecture.window_multiple
+
+    def check(
+        self,
+        windows: NDArray[np.float32],
+        logits: NDArray[np.float32],
+        shares: NDArray[np.float32] | None,
+        stream: int | None,
+    ) -> None:
+        """Refuse buffers of other shapes than `run` documents, and a stream on the CPU.
+
+        Raises:
+            EngineError: `engine.buffers`, `engine.device`.
+        """
+        if self.device == "cpu":
+            check_cpu(self.name, self.device, stream)
+        batch, channels, *edges = windows.shape
+        fits = (
+            len(edges) == 3
+            and channels == self.channels
+            and all(edge % self._multiple == 0 for edge in edges)
+            and logits.shape == (batch, self.classes, *edges)
+            and (shares is None or shares.shape == (batch, self.experts, *edges))
+        )
+        if not fits:
+            shapes = [tuple(b.shape) for b in (windows, logits, shares) if b is not None]
+            raise EngineError(
+                "engine.buffers",
+                f"The buffers have the shapes {', '.join(map(str, shapes))}.",
+                hint=f"(B, {self.channels}, D, H, W), (B, {self.classes}, D, H, W) and, for "
+                f"shares, (B, {self.experts}, D, H, W) are expected; D, H, W multiples of "
+                f"{self._multiple}.",
+            )
+
+
 class Loader(Protocol):
     """Opens one backend's engine; arguments as for `open_engine`."""
 
@@ -84,8 +132,8 @@ class _Backend:
         return load(bundle, device=device, precision=precision, threads=threads)
 
 
-# Fastest first, as measured: a small MoME, one 80^3 window, fp32, CPU seconds of one thread on an
-# AVX-512 server: OpenVINO 0.93, ONNX Runtime 1.31; PyTorch took four times the latter.
+# Fastest first, as measured: a small MoME, one 80^3 window, fp32, CPU seconds of one thread of an
+# AMD EPYC (AVX2): OpenVINO 0.93, ONNX Runtime 1.31; PyTorch took four times the latter.
 ENGINES: dict[str, Loader] = {name: _Backend(name) for name in ("openvino", "onnxruntime", "torch")}
 # What makes "auto" go on to the next engine: this one is not here, or not for what was asked.
 _NOT_HERE = {"engine.missing", "engine.device", "engine.precision", "engine.no-graph"}

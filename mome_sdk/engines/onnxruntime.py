@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from mome_sdk import _core
 from mome_sdk.bundle import GRAPH, WEIGHTS, ModelBundle
-from mome_sdk.engines import check_cpu, closed, lacks_precision, require_graph
+from mome_sdk.engines import BundleEngine, check_cpu, closed, lacks_precision, require_graph
 from mome_sdk.errors import EngineError
 
 NAME = "onnxruntime"
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(BundleEngine):
     """One session; ONNX Runtime lets threads share it.
 
     The shares are two small operations that the session computes even when nobody asks: 1 % of a
@@ -24,15 +24,9 @@ class OnnxRuntimeEngine:
     """
 
     name = NAME
-    device = "cpu"
-    precision = "fp32"
-    batch = None
 
     def __init__(self, bundle: ModelBundle, threads: int) -> None:
-        architecture = bundle.architecture
-        self.channels = architecture.in_channels
-        self.classes = architecture.classes
-        self.experts = architecture.experts
+        super().__init__(bundle)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -47,7 +41,7 @@ class OnnxRuntimeEngine:
         shares: NDArray[np.float32] | None = None,
         stream: int | None = None,
     ) -> None:
-        check_cpu(NAME, self.device, stream)
+        self.check(windows, logits, shares, stream)
         if self._session is None:
             raise closed(NAME)
         names = ["logits"] if shares is None else ["logits", "shares"]

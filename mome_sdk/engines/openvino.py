@@ -12,28 +12,23 @@ from numpy.typing import NDArray
 
 from mome_sdk import _core
 from mome_sdk.bundle import GRAPH, WEIGHTS, ModelBundle
-from mome_sdk.engines import check_cpu, closed, lacks_precision, require_graph
+from mome_sdk.engines import BundleEngine, check_cpu, closed, lacks_precision, require_graph
 from mome_sdk.errors import EngineError
 
 NAME = "openvino"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(BundleEngine):
     """One compiled model and one request: calls from several threads take turns.
 
     A call uses all threads of the engine, so that requests side by side would gain nothing.
     """
 
     name = NAME
-    device = "cpu"
-    batch = None
 
     def __init__(self, bundle: ModelBundle, precision: str, threads: int) -> None:
-        architecture = bundle.architecture
-        self.channels = architecture.in_channels
-        self.classes = architecture.classes
-        self.experts = architecture.experts
+        super().__init__(bundle)
         self.precision = precision
         settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -53,7 +48,7 @@ class OpenVinoEngine:
         shares: NDArray[np.float32] | None = None,
         stream: int | None = None,
     ) -> None:
-        check_cpu(NAME, self.device, stream)
+        self.check(windows, logits, shares, stream)
         with self._turn:
             if self._request is None:
                 raise closed(NAME)

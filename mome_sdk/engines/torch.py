@@ -13,29 +13,25 @@ from torch import Tensor
 
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.engines import check_cpu, closed, lacks_precision
+from mome_sdk.engines import BundleEngine, closed, lacks_precision
 from mome_sdk.errors import EngineError
 from mome_sdk.network import MoME, expert_shares, fuse
 
 NAME = "torch"
 
 
-class TorchEngine:
+class TorchEngine(BundleEngine):
     """The module in evaluation mode. bf16 is autocast: float32 weights, fusion in float32."""
 
     name = NAME
-    batch = None
 
     def __init__(self, bundle: ModelBundle, device: str, precision: str, threads: int) -> None:
-        architecture = bundle.architecture
-        self.channels = architecture.in_channels
-        self.classes = architecture.classes
-        self.experts = architecture.experts
+        super().__init__(bundle)
         self.device = device
         self.precision = precision
         self.threads = threads
         with torch.device("meta"):
-            network = MoME(architecture)
+            network = MoME(bundle.architecture)
         # Copied: the bundle's arrays are read-only, and its file may go away.
         state = {name: torch.from_numpy(array.copy()) for name, array in bundle.tensors.items()}
         network.load_state_dict(state, assign=True)
@@ -48,8 +44,7 @@ class TorchEngine:
         shares: NDArray[np.float32] | None = None,
         stream: int | None = None,
     ) -> None:
-        if self.device == "cpu":
-            check_cpu(NAME, self.device, stream)
+        self.check(windows, logits, shares, stream)
         network = self._network
         if network is None:
             raise closed(NAME)
@@ -114,7 +109,7 @@ def _check_device(device: str) -> None:
 
 
 def _tensor(buffer: Any) -> Tensor:
-    """The buffer as a tensor that shares its memory."""
+    """The buffer as a tensor that shares its memory; of what may not be written, a copy."""
     if isinstance(buffer, np.ndarray):
-        return torch.from_numpy(buffer)
+        return torch.from_numpy(buffer if buffer.flags.writeable else buffer.copy())
     return torch.from_dlpack(buffer)

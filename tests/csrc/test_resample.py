@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import reference
 from mome_sdk import _core
 from mome_sdk.errors import InputError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 
+import reference
 from mome_sdk import _core
 from mome_sdk.errors import InputError
 

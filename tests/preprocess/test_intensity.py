@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from phantom import phantom
 
 from mome_sdk.errors import InputError
-from mome_sdk.preprocess.intensity import background_of, check_intensities, normalise
+from mome_sdk.preprocess.intensity import background_of, check_intensities, head_of, normalise
 from mome_sdk.volume import Volume
+from phantom import phantom
 
 
 def of(array: np.ndarray) -> Volume:
@@ -52,3 +52,12 @@ def test_the_background_is_the_commonest_value_of_the_faces() -> None:
     array[0, 0, :] = -100.0  # an artefact in four of the eight corners
     array[0, -1, :] = -100.0
     assert background_of(of(array)) == 5.0
+
+
+def test_the_head_is_what_differs_clearly_from_the_background() -> None:
+    volume = phantom()
+    noise = np.random.default_rng(0).normal(0.0, 1.5, volume.array.shape).round()
+    for scale in (1.0, -2.0):
+        seen = head_of(of(scale * (volume.array + noise) + 50.0))
+        assert seen.array.dtype == np.uint8
+        np.testing.assert_array_equal(seen.array, volume.array > 0)

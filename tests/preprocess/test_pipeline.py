@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phantom import ORIENTATIONS, grid, phantom
 
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import GeometryError, InputError
 from mome_sdk.preprocess.pipeline import Prepared, prepare, restore
 from mome_sdk.volume import Grid, Volume
+from phantom import ORIENTATIONS, grid, phantom
 
 
 def probabilities(*foreground: np.ndarray) -> np.ndarray:
@@ -168,6 +168,15 @@ def test_an_image_in_another_space_is_not_mni(tiny_bundle: ModelBundle) -> None:
         prepare(Volume(volume.array, moved), tiny_bundle, "mni")
     assert refusal.value.code == "geometry.not-mni"
     assert "% of the head lie in the model's grid" in str(refusal.value)
+
+
+def test_noise_in_a_large_field_of_view_is_no_head(tiny_bundle: ModelBundle) -> None:
+    affine = np.diag((4.0, 4.0, 4.0, 1.0))
+    affine[:3, 3] = (-160.0, -160.0, -160.0)
+    head = phantom(where=Grid((80, 80, 80), affine))
+    noise = np.abs(np.random.default_rng(0).normal(0.0, 5.0, head.array.shape))
+    prepared = prepare(Volume(head.array + noise, affine), tiny_bundle, "mni")
+    assert prepared.source.matches(head.grid)
 
 
 @pytest.mark.parametrize("space", ["mni", "model"])

@@ -1,0 +1,197 @@
+"""What users type: the options of `mome` and their help."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+from mome_sdk.engines import ENGINES
+from mome_sdk.errors import InputError
+from mome_sdk.nifti import NOTICE
+from mome_sdk.preprocess.pipeline import SPACES
+from mome_sdk.segmenter import MIRRORS
+
+# Commands of the training package, which reads their options itself.
+TRAINING = {
+    "train": "train experts and then the mixture, from a TOML file",
+    "evaluate": "measure a bundle on held-out synthetic cases and real scans",
+    "synth": "write synthetic cases with their lesions",
+}
+COMMON = ("-v", "--verbose", "--debug")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is one line like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(
+            "argument.usage", f"{message[:1].upper()}{message[1:]}.", hint=f"See `{self.prog} -h`."
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of everything but the commands of TRAINING, which it only lists."""
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    common.add_argument("--debug", action="store_true", help="show where an error came from")
+    whole = _Parser(
+        prog="mome",
+        parents=[common],
+        description=f"Brain lesion masks from one MR image of any modality. {NOTICE}.",
+        epilog="Exit status: 0 done; 2 wrong usage or unusable input, said in one line; 3 some of "
+        "several inputs failed; 130 interrupted; 1 a mistake of ours.",
+    )
+    whole.add_argument("--version", action="version", version=f"mome {version('mome-sdk')}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+
+    def add(name: str, summary: str) -> _Parser:
+        description = f"{summary[:1].upper()}{summary[1:]}."
+        command: _Parser = commands.add_parser(
+            name, parents=[common], help=summary, description=description, allow_abbrev=False
+        )
+        return command
+
+    demo = add("demo", "segment the bundled example with the bundled demonstration model")
+    demo.add_argument(
+        "-o",
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("demo-out"),
+        help="folder for mask, picture and report (default: demo-out)",
+    )
+    _add_predict_options(add("predict", "find lesions in brain MR images"))
+    importing = add("import", "turn the authors' checkpoint files, or a run, into a bundle")
+    importing.add_argument("folder", metavar="DIR", type=Path, help="the folder of the files")
+    importing.add_argument(
+        "-o",
+        "--output",
+        metavar="BUNDLE",
+        type=Path,
+        required=True,
+        help="folder or .zip to write",
+    )
+    importing.add_argument(
+        "--set",
+        metavar="NAME",
+        choices=("best", "final", "latest"),
+        help="the authors' set to take: best, final or latest (default: the first that is there)",
+    )
+    inspect = add("inspect", "say what a bundle is: shapes, provenance, sha256")
+    inspect.add_argument("path", metavar="PATH", help="bundle folder or .zip, or demo")
+    add("doctor", "say what this machine offers, what is missing and how to add it")
+    for name, summary in TRAINING.items():
+        commands.add_parser(name, help=summary)
+    return whole
+
+
+def _add_predict_options(predict: _Parser) -> None:
+    predict.usage = "mome predict INPUT... -o OUT [options]"
+    predict.formatter_class = argparse.RawDescriptionHelpFormatter
+    predict.description = (
+        "Find lesions in brain MR images; each mask lies on the grid of its own image.\n"
+        "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI."
+    )
+    option = predict.add_argument
+    option("inputs", metavar="INPUT", type=Path, nargs="+", help="one image or several")
+    option(
+        "-o",
+        "--output",
+        metavar="OUT",
+        type=Path,
+        required=True,
+        help="mask to write, for one INPUT; a folder, for several: OUT/NAME.nii.gz for each. "
+        "What is there already is replaced, but never an INPUT",
+    )
+    option(
+        "--model",
+        metavar="BUNDLE",
+        default="demo",
+        help="bundle folder or .zip (default: the bundled demonstration model)",
+    )
+    option(
+        "--space",
+        metavar="NAME",
+        choices=SPACES,
+        default="mni",
+        help="mni (default): registered to MNI152, any grid; model: on the model's grid, "
+        "already cropped",
+    )
+    option(
+        "--engine",
+        metavar="NAME",
+        choices=("auto", *ENGINES),
+        default="auto",
+        help=f"auto (default): the fastest present; or {', '.join(ENGINES)}",
+    )
+    option(
+        "--device",
+        metavar="NAME",
+        default="cpu",
+        help="cpu (default), or cuda:0 with the torch engine",
+    )
+    option(
+        "--precision",
+        metavar="NAME",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="fp32 (default), or bf16 where engine and processor have it",
+    )
+    option(
+        "--mirror",
+        metavar="NAME",
+        choices=tuple(MIRRORS),
+        default="none",
+        help="none (default); all: average the 8 mirrored copies, as the authors do: 8 times "
+        "the work",
+    )
+    option(
+        "--step",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="distance of windows in parts of the patch, over 0 to 1 (default: 0.5)",
+    )
+    option(
+        "--blend",
+        metavar="NAME",
+        choices=("exact", "authors"),
+        default=None,
+        help="window weights: exact, or the authors' half-precision ones (default: what the "
+        "bundle says)",
+    )
+    option(
+        "--batch",
+        type=_batch,
+        default="auto",
+        metavar="N",
+        help="windows per call of the engine, or auto (default)",
+    )
+    option(
+        "--threads",
+        type=int,
+        default=None,
+        metavar="N",
+        help="most threads (default: MOME_THREADS, or all cores)",
+    )
+    option(
+        "--probability",
+        action="store_true",
+        help="also write the lesion probability, NAME_probability.nii.gz",
+    )
+    option(
+        "--report",
+        action="store_true",
+        help="also write a picture, NAME.png, and a report, NAME.html",
+    )
+    option(
+        "--json",
+        action="store_true",
+        help="print one JSON object per INPUT on standard output, and nothing else",
+    )
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "auto" else int(text)
