@@ -25,11 +25,16 @@ SHELL = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with the bundled example as scan.nii.gz."""
-    example = Path(mome_sdk.__file__).parent / "data" / "example" / "flair.nii.gz"
-    shutil.copy(example, tmp_path / "scan.nii.gz")
+    """An empty folder, made the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def scan(folder: Path) -> Path:
+    """The bundled example under the README's name for an image."""
+    example = Path(mome_sdk.__file__).parent / "data" / "example" / "flair.nii.gz"
+    return Path(shutil.copy(example, folder / "scan.nii.gz"))
 
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
@@ -45,17 +50,17 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
-def test_python_code_runs(code: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_python_code_runs(code: str, scan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, "README.md", "exec"), {})
     assert re.fullmatch(r"\d+ lesions, \d+\.\d mL\n", capsys.readouterr().out)
-    assert (folder / "lesions.nii.gz").is_file()
+    assert scan.with_name("lesions.nii.gz").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "predict"]], ids=" ".join)
-def test_predict_writes_mask_picture_and_report(words: list[str], folder: Path) -> None:
+def test_predict_writes_mask_picture_and_report(words: list[str], scan: Path) -> None:
     assert main(words[1:]) == 0
-    written = {path.name for path in folder.iterdir()} - {"scan.nii.gz"}
+    written = {path.name for path in scan.parent.iterdir()} - {scan.name}
     assert written == {"lesions.nii.gz", "lesions.png", "lesions.html"}
 
 
