@@ -402,7 +402,7 @@ def _architecture(configuration: Mapping[str, Any], classes: int, experts: int) 
 
 def _check_preparation(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     """Refuse plans whose images would need another preparation than this package's."""
-    rules = {
+    rules: dict[str, tuple[Any, list[Any]]] = {
         "transpose_forward": (plans.get("transpose_forward"), [[0, 1, 2]]),
         "image_reader_writer": (plans.get("image_reader_writer"), sorted(_READERS)),
         "spacing": (configuration.get("spacing"), [[1.0, 1.0, 1.0]]),

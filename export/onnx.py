@@ -147,7 +147,7 @@ class _Graph:
 
     def model(self) -> onnx.ModelProto:
         def tensor(name: str, channels: int) -> onnx.ValueInfoProto:
-            shape = ["batch", channels, "depth", "height", "width"]
+            shape: list[str | int | None] = ["batch", channels, "depth", "height", "width"]
             return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
         graph = helper.make_graph(

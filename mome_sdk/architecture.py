@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from mome_sdk.errors import InputError
 
@@ -73,7 +74,9 @@ class Architecture:
                 f"The architecture is {str(numbers)[:200]}.",
                 hint=f"An object with exactly {', '.join(sorted(names))} is expected.",
             )
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()}
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in numbers.items()
+        }
         lists = {"features", "strides", "encoder_convs", "decoder_convs"}
         for name, value in values.items():
             if isinstance(value, tuple) != (name in lists) or not isinstance(value, tuple | int):

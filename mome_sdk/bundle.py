@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,7 @@ _MODEL_GRID = {
 }
 _INTENDED_USE = f"Lesions in one brain MR image registered to MNI152, for research. {NOTICE}."
 
+Blend: TypeAlias = Literal["exact", "authors"]
 GraphWriter: TypeAlias = Callable[[Path, Architecture, Path], None]
 
 
@@ -125,9 +126,10 @@ class ModelBundle:
         return str(self.manifest["axes"])
 
     @property
-    def blend(self) -> str:
-        """Window weights that the model is meant to run with: "exact" or "authors"."""
-        return str(self.manifest["blend"])
+    def blend(self) -> Blend:
+        """Window weights that the model is meant to run with."""
+        blend: Blend = self.manifest["blend"]
+        return blend
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -203,7 +205,7 @@ def create_bundle(
     *,
     name: str,
     patch: Sequence[int],
-    blend: str,
+    blend: Blend,
     training: Mapping[str, Any],
     modalities: Sequence[str] = MODALITIES,
     classes: Sequence[str] = CLASSES,

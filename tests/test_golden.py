@@ -29,8 +29,8 @@ FP32 = 5e-4
 FP16 = 4e-2
 # Voxels whose two logits are closer than this may change sides by rounding in half precision.
 MARGIN = 0.05
-# OpenVINO's norms are off by 1e-4 of a channel's deviation where much of a window is padding (sums in
-# float32); the engines must agree to this part of the range of the logits.
+# OpenVINO's norms are off by 1e-4 of a channel's deviation where much of a window is padding (it
+# sums in float32); the engines must agree to this part of the range of the logits.
 OF_RANGE = 1e-4
 # What the authors' predictor computed -> the blend that repeats it, and how well.
 VARIANTS = {

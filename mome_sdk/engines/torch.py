@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
@@ -86,7 +87,8 @@ class TorchEngine(BundleEngine):
     def _stream(self, stream: int | None) -> contextlib.AbstractContextManager[Any]:
         if stream is None:
             return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=self.device))
+        external = torch.cuda.ExternalStream(stream, self.device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(external)
 
 
 def load(bundle: ModelBundle, *, device: str, precision: str, threads: int | None) -> TorchEngine:
@@ -112,4 +114,5 @@ def _tensor(buffer: Any) -> Tensor:
     """The buffer as a tensor that shares its memory; of what may not be written, a copy."""
     if isinstance(buffer, np.ndarray):
         return torch.from_numpy(buffer if buffer.flags.writeable else buffer.copy())
-    return torch.from_dlpack(buffer)
+    tensor: Tensor = from_dlpack(buffer)
+    return tensor

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, random_tensors
 from safetensors.numpy import save_file
 
+from conftest import TINY, random_tensors
 from mome_sdk import open_engine
 from mome_sdk.errors import BundleError, InputError
 from mome_sdk.export.checkpoint import _SAFE_GLOBALS, import_checkpoint
