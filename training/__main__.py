@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -26,8 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line is one line like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError("argument.usage", f"{message}.", hint=f"See `{self.prog} -h`.")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mome")
+    parser = _Parser(prog="mome")
     commands = parser.add_subparsers(required=True)
 
     train = commands.add_parser("train", help="train experts, then all networks jointly")

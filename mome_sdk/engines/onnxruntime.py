@@ -30,6 +30,7 @@ class OnnxRuntimeEngine(BundleEngine):
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Idle threads sleep: spinning would take the cores from the runner's own work.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         with bundle.files(GRAPH, WEIGHTS) as folder:
             self._session: ort.InferenceSession | None = _session(folder / GRAPH, options)

@@ -289,6 +289,23 @@ def test_running_out_of_memory_advises_a_smaller_batch(tiny_bundle, monkeypatch)
     assert caught.value.code == "engine.out-of-memory"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device.")
+def test_cuda_computes_the_network_in_float32(tiny_bundle):
+    engine = open_engine(tiny_bundle, "torch", device="cuda:0")
+    assert engine.device == "cuda:0"
+    image = windows(2)
+    expected, _ = reference(tiny_bundle, image)
+    logits, _ = run(engine, image)  # host buffers are copied there and back
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.ptp(expected))
+    stream = torch.cuda.Stream()
+    buffers = [torch.from_numpy(a).cuda() for a in (image, np.empty_like(logits))]
+    torch.cuda.synchronize()
+    engine.run(*buffers, stream=stream.cuda_stream)
+    stream.synchronize()
+    np.testing.assert_array_equal(buffers[1].cpu().numpy(), logits)
+
+
 def test_torch_leaves_the_threads_of_the_process_alone(tiny_bundle):
     before = torch.get_num_threads()
     run(open_engine(tiny_bundle, "torch", threads=before + 1), windows())
