@@ -26,12 +26,12 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new virtual environment with the sdist and its default dependencies, without pip."""
+    """A new virtual environment: the sdist, its default dependencies, nothing else."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-    python = str(folder / "bin" / "python")
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", str(sdist)]
-    subprocess.run(install, check=True)
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip"]
+    subprocess.run([*pip, "install", "--quiet", str(sdist)], check=True)
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "setuptools", "pip"], check=True)
     return folder
 
 
