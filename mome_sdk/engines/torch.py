@@ -87,7 +87,7 @@ class TorchEngine(BundleEngine):
     def _stream(self, stream: int | None) -> contextlib.AbstractContextManager[Any]:
         if stream is None:
             return contextlib.nullcontext()
-        external = torch.cuda.ExternalStream(stream, self.device)  # type: ignore[no-untyped-call]
+        external = torch.cuda.ExternalStream(stream, self.device)
         return torch.cuda.stream(external)
 
 
