@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, TypeAlias
 
 import nibabel as nib
 import numpy as np
@@ -16,7 +16,7 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike, NDArray
 
 from mome_sdk import _core
-from mome_sdk.bundle import ModelBundle
+from mome_sdk.bundle import Blend, ModelBundle
 from mome_sdk.engines import Engine, open_engine
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.nifti import Source, open_nifti, volume_of
@@ -28,7 +28,6 @@ from mome_sdk.volume import Index3, Volume
 Image: TypeAlias = Volume | str | Path | SpatialImage | tuple[ArrayLike, ArrayLike]
 Progress: TypeAlias = Callable[[int, int], object]
 
-Blend: TypeAlias = Literal["exact", "authors"]
 # Axes (D, H, W) over which windows are mirrored; every combination is averaged, eight with "all".
 Mirror: TypeAlias = Literal["none", "all"]
 MIRRORS: dict[Mirror, tuple[int, ...]] = {"none": (), "all": (0, 1, 2)}
@@ -84,7 +83,7 @@ class Segmenter:
             self.bundle.patch,
             step=step,
             mirror=MIRRORS[mirror],
-            blend=blend or cast(Blend, self.bundle.blend),
+            blend=blend or self.bundle.blend,
             batch=batch,
             threads=threads,
         )

@@ -182,11 +182,13 @@ def evaluate(
 
 def read_rows(results: Path) -> list[Row]:
     """The rows of an earlier `evaluate`."""
+
+    def row(name: str, modality: str, kind: str, *numbers: str) -> Row:
+        volume_ml, fused, own_expert, *baseline = map(float, numbers)
+        return Row(name, modality, kind, volume_ml, fused, own_expert, baseline)
+
     with results.open(newline="") as file:
-        return [
-            Row(*line[:3], *map(float, line[3:6]), baseline=[float(v) for v in line[6:]])
-            for line in csv.reader(file)
-        ]
+        return [row(*line) for line in csv.reader(file)]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -239,7 +239,7 @@ def _blob(allowed: Mask, centre: NDArray[np.int64], voxels: int, rng: np.random.
         z, y, x = (row[k] * axes[k] for k in range(3))
         square += (z[:, None, None] + y[None, :, None] + x[None, None, :]) ** 2
     wobble = smooth_field(rng, square.shape, max(2.0, radius / 1.5), rng.uniform(0.05, 0.3))
-    distance = np.sqrt(square) / np.float32(radius) * np.exp(wobble)
+    distance = (np.sqrt(square) / np.float32(radius) * np.exp(wobble)).astype(np.float32)
     inside = distance[allowed[box]]
     if not inside.size:
         return _Blob(box, np.zeros_like(distance), distance)
