@@ -38,7 +38,6 @@ VARIANTS = {
     "fp32gauss": ("exact", FP32),
     "fp16acc": ("authors", FP16),
 }
-MIRRORS = {"no_mirror": (), "mirror8": (0, 1, 2)}
 
 
 @pytest.fixture(scope="module")
@@ -129,25 +128,29 @@ def test_window_starts_are_the_authors():
     assert [list(axis) for axis in starts] == CASE["sw_window_starts"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("image", ["sw", "pad"])
-def test_sliding_window_is_the_authors(image, variant, engine):
+def test_sliding_window_is_the_authors(image, engine):
     golden = load_file(GOLDEN / "a" / "inference.safetensors")
-    blend, atol = VARIANTS[variant]
-    windows = SlidingWindow(PATCH, blend=blend, threads=1)
-    logits = windows.run(engine, golden[f"{image}_image"])
-    expected = golden[f"{image}_no_mirror_{variant}"]
-    near(logits, expected, tolerance(engine, expected, atol))
+    found = {
+        blend: SlidingWindow(PATCH, blend=blend, threads=1).run(engine, golden[f"{image}_image"])
+        for blend in ("authors", "exact")
+    }
+    for variant, (blend, atol) in VARIANTS.items():
+        expected = golden[f"{image}_no_mirror_{variant}"]
+        near(found[blend], expected, tolerance(engine, expected, atol))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 @pytest.mark.parametrize("image", ["sw", "pad"])
-def test_mirrored_sliding_window_is_the_authors(image, variant, bundle):
+def test_mirrored_sliding_window_is_the_authors(image, bundle):
     golden = load_file(GOLDEN / "a" / "inference.safetensors")
-    blend, atol = VARIANTS[variant]
-    windows = SlidingWindow(PATCH, mirror=(0, 1, 2), blend=blend, threads=1)
-    logits = windows.run(open_engine(bundle, "onnxruntime", threads=1), golden[f"{image}_image"])
-    near(logits, golden[f"{image}_mirror8_{variant}"], atol)
+    engine = open_engine(bundle, "onnxruntime", threads=1)
+    for blend in ("authors", "exact"):
+        windows = SlidingWindow(PATCH, mirror=(0, 1, 2), blend=blend, threads=1)
+        logits = windows.run(engine, golden[f"{image}_image"])
+        for variant, (of, atol) in VARIANTS.items():
+            if of == blend:
+                near(logits, golden[f"{image}_mirror8_{variant}"], atol)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,7 @@ def test_imported_checkpoint_segments_like_the_authors_predictor(engine_name, va
     near(logits, golden[f"logits_no_mirror_{variant}"], atol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_imported_checkpoint_mirrors_like_the_authors_predictor(variant, logits_of):
     golden = load_file(GOLDEN / "checkpoint" / "expected.safetensors")
@@ -189,7 +193,7 @@ def test_engines_agree_within_a_ten_thousandth_of_the_logits_range(engine_name, 
     near(logits_of(engine_name, "no_mirror", None), reference, OF_RANGE * np.ptp(reference))
 
 
-@pytest.mark.parametrize("mirror", MIRRORS)
+@pytest.mark.parametrize("mirror", ["no_mirror", pytest.param("mirror8", marks=pytest.mark.slow)])
 def test_labels_are_the_authors_where_the_classes_are_apart(mirror, logits_of):
     logits = logits_of("onnxruntime", mirror, "authors")
     labels = read_nifti(GOLDEN / "checkpoint" / f"seg_{mirror}.nii.gz").array.T  # (z, y, x)

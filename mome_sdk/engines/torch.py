@@ -66,7 +66,7 @@ class TorchEngine(BundleEngine):
                 f"{self.device} has not enough memory for {windows.shape[0]} windows.",
                 hint="Take a smaller batch.",
             ) from error
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise EngineError("engine.failed", f"PyTorch stopped: {error}") from error
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class TorchEngine(BundleEngine):
     def _stream(self, stream: int | None) -> contextlib.AbstractContextManager[Any]:
         if stream is None:
             return contextlib.nullcontext()
-        external = torch.cuda.ExternalStream(stream, self.device)  # type: ignore[no-untyped-call]
+        external = torch.cuda.ExternalStream(stream, self.device)
         return torch.cuda.stream(external)
 
 

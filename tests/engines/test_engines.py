@@ -26,7 +26,7 @@ from mome_sdk.network import MoME, expert_shares
 ONE_EXPERT = Architecture((4, 8), (1, 2), (1, 1), (1,), classes=3, experts=1)
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(scope="module", params=ENGINES)
 def engine(request, tiny_bundle):
     engine = open_engine(tiny_bundle, request.param, threads=1)
     yield engine
@@ -119,7 +119,9 @@ def test_input_may_be_read_only(engine):
     np.testing.assert_array_equal(run(engine, image)[0], expected)
 
 
-def test_closed_engine_does_not_run(engine):
+@pytest.mark.parametrize("name", ENGINES)
+def test_closed_engine_does_not_run(name, tiny_bundle):
+    engine = open_engine(tiny_bundle, name, threads=1)
     engine.close()
     engine.close()
     with pytest.raises(EngineError) as caught:
@@ -278,6 +280,13 @@ def test_unknown_engine_and_threads_are_refused(tiny_bundle):
     assert caught.value.code == "argument.threads"
 
 
+def test_what_stops_a_backend_is_an_engine_error(tiny_bundle):
+    engine = open_engine(tiny_bundle, "torch", threads=1)
+    with pytest.raises(EngineError, match="1 spatial") as caught:
+        run(engine, windows(edges=(4, 4, 4)))  # a single voxel is left at the bottom: no variance
+    assert caught.value.code == "engine.failed"
+
+
 def test_running_out_of_memory_advises_a_smaller_batch(tiny_bundle, monkeypatch):
     def exhausted(_: torch.Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -308,7 +317,7 @@ def test_cuda_computes_the_network_in_float32(tiny_bundle):
 
 def test_torch_leaves_the_threads_of_the_process_alone(tiny_bundle):
     before = torch.get_num_threads()
-    run(open_engine(tiny_bundle, "torch", threads=before + 1), windows())
+    run(open_engine(tiny_bundle, "torch", threads=1 if before > 1 else 2), windows(edges=(8, 8, 8)))
     assert torch.get_num_threads() == before
 
 
