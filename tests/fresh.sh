@@ -49,6 +49,7 @@ as_newcomer() {
 # Runs in its own mount and process namespaces: mounts and leftover processes go when it ends.
 run_commands() {
   mount -t proc proc "$root/proc"
+  mount -t sysfs -o ro sysfs "$root/sys"  # the engines count cores there
   mount -t tmpfs tmpfs "$root/dev/shm"
   pip_settings >"$root/etc/pip.conf"
   local path
