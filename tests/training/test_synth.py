@@ -29,7 +29,8 @@ def anatomy(tmp_path_factory: pytest.TempPathFactory) -> Anatomy:
 
 @pytest.fixture(scope="module")
 def config() -> SynthesisConfig:
-    return load_config(DEMO_CONFIG).synthesis
+    """The demonstration's, with lesions that leave some of the small head's white matter."""
+    return dataclasses.replace(load_config(DEMO_CONFIG).synthesis, volume_ml=(0.3, 5.0))
 
 
 def head(anatomy: Anatomy, config: SynthesisConfig, modality: str, seed: int) -> Sample:
