@@ -45,6 +45,8 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
         ("pip", "install"),  # test_install.py
         ("mome", "predict"),  # below
         ("mome", "import"),
+        ("mome", "train"),
+        ("mome", "evaluate"),
     }
 
 
@@ -64,7 +66,21 @@ def test_predict_writes_mask_picture_and_report(words: list[str], scan: Path) ->
     assert written == {"lesions.nii.gz", "lesions.png", "lesions.html"}
 
 
-@pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "import"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for w in SHELL if w[1] in ("train", "evaluate")], ids=" ".join
+)
+def test_training_commands_are_understood(words: list[str]) -> None:
+    """What they do is tested in tests/training, on heads that take seconds."""
+    pytest.importorskip("torch")
+    from mome_sdk.training.__main__ import command_line
+
+    options = command_line().parse_args(words[1:])
+    assert callable(options.run)
+    if words[1] == "train":
+        assert (ROOT / options.config).is_file()
+
+
+@pytest.mark.parametrize("words", [w for w in SHELL if w[2] == "fold_MoME"], ids=" ".join)
 def test_import_makes_a_bundle(words: list[str], folder: Path) -> None:
     (run,) = (GOLDEN / "checkpoint" / "Dataset900_Synthetic").iterdir()
     for path in run.iterdir():

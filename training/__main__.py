@@ -22,7 +22,7 @@ DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.toml"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors are MomeErrors, the caller prints them."""
-    args = _parser().parse_args(argv)
+    args = command_line().parse_args(argv)
     args.run(args)
     return 0
 
@@ -34,7 +34,8 @@ class _Parser(argparse.ArgumentParser):
         raise InputError("argument.usage", f"{message}.", hint=f"See `{self.prog} -h`.")
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """The parser of the three commands; `run` of what it returns does the work."""
     parser = _Parser(prog="mome")
     commands = parser.add_subparsers(required=True)
 
