@@ -241,7 +241,7 @@ def _optimise(
             group["lr"] = lr * (1 - step / stage.steps) ** POLY_POWER
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(step)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(clipped.parameters(), CLIP_NORM)
         optimizer.step()
         losses.append(float(loss.detach()))
