@@ -329,6 +329,8 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, tiny_bundle: ModelBundle) -> None
         [*command, *options, "--model", str(tiny_bundle.path)],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell without job control starts what runs in its background with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stderr is not None
         assert "1 of " in process.stderr.readline()  # minutes to go
