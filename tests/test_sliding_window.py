@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -238,6 +238,15 @@ def test_what_progress_raises_ends_the_run() -> None:
     assert engine.batches == [1]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own SIGINT handler: a shell may have started the tests with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_ends_the_run() -> None:
     def interrupt(window: Array) -> Array:
         signal.raise_signal(signal.SIGINT)
