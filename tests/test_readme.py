@@ -11,6 +11,7 @@ import pytest
 
 import mome_sdk
 from mome_sdk.cli import main
+from mome_sdk.training.__main__ import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
@@ -69,9 +70,6 @@ def test_predict_writes_mask_picture_and_report(words: list[str], scan: Path) ->
 @pytest.mark.parametrize("words", [w for w in SHELL if w[1] in ("train", "evaluate")], ids=" ".join)
 def test_training_commands_are_understood(words: list[str]) -> None:
     """What they do is tested in tests/training, on heads that take seconds."""
-    pytest.importorskip("torch")
-    from mome_sdk.training.__main__ import command_line
-
     options = command_line().parse_args(words[1:])
     assert callable(options.run)
     if words[1] == "train":
