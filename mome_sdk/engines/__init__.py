@@ -132,8 +132,8 @@ class _Backend:
         return load(bundle, device=device, precision=precision, threads=threads)
 
 
-# Fastest first, as measured: a small MoME, one 80^3 window, fp32, CPU seconds of one thread of an
-# AMD EPYC (AVX2): OpenVINO 0.93, ONNX Runtime 1.31; PyTorch took four times the latter.
+# Fastest first, as measured: the demonstration's network, one 80^3 window, fp32, CPU seconds of one
+# thread of an AMD EPYC (AVX2): OpenVINO 0.80, ONNX Runtime 1.09, PyTorch 1.50.
 ENGINES: dict[str, Loader] = {name: _Backend(name) for name in ("openvino", "onnxruntime", "torch")}
 # What makes "auto" go on to the next engine: this one is not here, or not for what was asked.
 _NOT_HERE = {"engine.missing", "engine.device", "engine.precision", "engine.no-graph"}
