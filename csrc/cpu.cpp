@@ -10,6 +10,7 @@ std::map<std::string, bool> cpu_features() {
           {"avx512f", __builtin_cpu_supports("avx512f") != 0},
           {"avx512bw", __builtin_cpu_supports("avx512bw") != 0},
           {"avx512vl", __builtin_cpu_supports("avx512vl") != 0},
+          {"avx512dq", __builtin_cpu_supports("avx512dq") != 0},
           {"avx512bf16", __builtin_cpu_supports("avx512bf16") != 0}};
 #else
   return {};

@@ -1,0 +1,80 @@
+#include "kernels.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "../cpu.hpp"
+#include "../error.hpp"
+
+namespace mome {
+namespace {
+
+bool has(const std::map<std::string, bool>& features, std::initializer_list<const char*> names) {
+  return std::all_of(names.begin(), names.end(), [&](const char* name) {
+    const auto found = features.find(name);
+    return found != features.end() && found->second;
+  });
+}
+
+std::vector<const Kernels*> find_available() {
+  std::vector<const Kernels*> found{&reference_kernels()};
+#if defined(__x86_64__)
+  const auto features = cpu_features();
+  if (has(features, {"avx2", "fma"})) {
+    found.push_back(&avx2_kernels());
+  }
+  if (has(features, {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})) {
+    found.push_back(&avx512_kernels());
+  }
+#endif
+  return found;
+}
+
+std::string names_of(std::span<const Kernels* const> kernels) {
+  std::string names;
+  for (const Kernels* each : kernels) {
+    names += (names.empty() ? "" : ", ") + std::string(each->name);
+  }
+  return names;
+}
+
+}  // namespace
+
+const ConvolutionKernel& Kernels::convolution(int stride, const Index3& out) const {
+  // Large tiles save most, but their transformed weights outweigh what small maps save: measured at
+  // 8^3 and 4^3 voxels.
+  const std::int64_t edge = std::min({out[0], out[1], out[2]});
+  const std::size_t first = stride == 1 ? 0 : 3;
+  if (stride == 1) {
+    return convolutions[first + (edge >= 12 ? 0 : edge >= 6 ? 1 : 2)];
+  }
+  return convolutions[first + (edge >= 8 ? 0 : 1)];
+}
+
+std::span<const Kernels* const> available_kernels() {
+  static const std::vector<const Kernels*> kFound = find_available();
+  return kFound;
+}
+
+const Kernels& chosen_kernels() {
+  const auto available = available_kernels();
+  const char* wanted = std::getenv("MOME_CPU");
+  if (wanted == nullptr || *wanted == '\0') {
+    if (available.size() == 1) {
+      throw Error("engine.cpu", "This processor has no AVX2, which the engine native needs.",
+                  "Take the engine onnxruntime or openvino.");
+    }
+    return *available.back();
+  }
+  for (const Kernels* each : available) {
+    if (std::string(wanted) == each->name) {
+      return *each;
+    }
+  }
+  throw Error("engine.cpu", "MOME_CPU is '" + std::string(wanted) + "'.",
+              "This processor has: " + names_of(available) + ".");
+}
+
+}  // namespace mome

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+
+// One vector type for every instruction set: kernels are written once, as templates over a Simd,
+// and compiled in a translation unit per instruction set. The arithmetic is that of the compiler's
+// vector extension, so the 16-lane form also compiles, and is tested, where there is only AVX2.
+namespace mome {
+
+template <typename T, int Lanes>
+struct VectorOf {
+  typedef T Type __attribute__((vector_size(Lanes * sizeof(T))));
+};
+
+// kWidth: lanes, and channels of a block of a tensor. kRows x kColumns: accumulators of the matrix
+// product, chosen so that they, a column of weights and one broadcast fit the registers.
+struct Avx2 {
+  static constexpr int kWidth = 8;
+  static constexpr int kRows = 6;
+  static constexpr int kColumns = 2;
+  using Vector = VectorOf<float, kWidth>::Type;
+};
+
+struct Avx512 {
+  static constexpr int kWidth = 16;
+  static constexpr int kRows = 8;
+  static constexpr int kColumns = 2;
+  using Vector = VectorOf<float, kWidth>::Type;
+};
+
+// The compiler fuses products and sums (-ffp-contract=fast on these files); nothing is reordered.
+template <typename S>
+inline typename S::Vector load(const float* from) {
+  return *reinterpret_cast<const typename S::Vector*>(from);
+}
+
+template <typename S>
+inline void store(float* to, typename S::Vector value) {
+  *reinterpret_cast<typename S::Vector*>(to) = value;
+}
+
+template <typename S>
+inline typename S::Vector broadcast(float value) {
+  return value - typename S::Vector{};
+}
+
+template <typename S>
+inline typename S::Vector maximum(typename S::Vector a, typename S::Vector b) {
+  return a > b ? a : b;
+}
+
+}  // namespace mome
