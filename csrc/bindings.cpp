@@ -13,12 +13,12 @@
 
 #include "bindings_arrays.hpp"
 #include "bindings_kernels.hpp"
+#include "bindings_native.hpp"
 #include "components.hpp"
 #include "cpu.hpp"
 #include "error.hpp"
 #include "memory.hpp"
 #include "parallel.hpp"
-#include "python_engine.hpp"
 #include "resample.hpp"
 #include "safetensors.hpp"
 #include "sliding_window.hpp"
@@ -116,21 +116,20 @@ py::tuple py_run_sliding_window(const py::object& engine, const py::array& image
                                 const py::object& progress) {
   const auto [held, view] = input<float, 4>(image, "image");
   const SlidingWindowOptions options = options_of(patch, step, mirror, blend, batch, threads);
-  PythonEngine python_engine(engine);
+  const std::shared_ptr<Engine> core = engine_of(engine);
   SlidingWindowResult result;
   {
     const py::gil_scoped_release release;
-    result = run_sliding_window(python_engine, view, options, shares, progress_of(progress));
+    result = run_sliding_window(*core, view, options, shares, progress_of(progress));
   }
   const auto [channels, depth, height, width] = view.shape;
   const py::array logits =
-      array_of<float, 4>(std::move(result.logits), {python_engine.classes(), depth, height, width});
+      array_of<float, 4>(std::move(result.logits), {core->classes(), depth, height, width});
   if (!result.shares) {
     return py::make_tuple(logits, py::none());
   }
-  return py::make_tuple(logits,
-                        array_of<float, 4>(std::move(*result.shares),
-                                           {python_engine.experts(), depth, height, width}));
+  return py::make_tuple(logits, array_of<float, 4>(std::move(*result.shares),
+                                                   {core->experts(), depth, height, width}));
 }
 
 void py_check_sliding_window(const Index3& patch, double step, const std::vector<int>& mirror,
@@ -344,6 +343,7 @@ PYBIND11_MODULE(_core, module) {
   module.def("cpu_features", &cpu_features);
   module.def("default_threads", &default_threads);
   bind_kernels(module);
+  bind_native(module);
 }
 
 }  // namespace mome

@@ -48,10 +48,11 @@ int cores_by_quota() {
 }
 
 struct Job {
-  const std::function<void(std::int64_t, std::int64_t)>& body;
+  const std::function<void(std::int64_t begin, std::int64_t end, int worker)>& body;
   std::int64_t count;
   std::int64_t piece;
   int open;        // threads that may still join; guarded by the pool's mutex
+  int joined = 0;  // pool threads that came; guarded by the pool's mutex
   int active = 0;  // pool threads at work; guarded by the pool's mutex
   std::atomic<std::int64_t> next{0};
   std::exception_ptr error{};  // guarded by the pool's mutex
@@ -91,7 +92,7 @@ class Pool {
     for (int i = 0; i < wanted; ++i) {
       work_.notify_one();
     }
-    work_on(job);
+    work_on(job, 0);
     std::unique_lock lock(mutex_);
     jobs_.remove(&job);
     done_.wait(lock, [&job] { return job.active == 0; });
@@ -107,11 +108,12 @@ class Pool {
       }
       Job& job = *jobs_.front();
       ++job.active;
+      const int worker = ++job.joined;
       if (--job.open == 0) {
         jobs_.pop_front();
       }
       lock.unlock();
-      work_on(job);
+      work_on(job, worker);
       lock.lock();
       // Nothing is left to take, so nobody else needs to join.
       jobs_.remove(&job);
@@ -121,14 +123,14 @@ class Pool {
     }
   }
 
-  void work_on(Job& job) {
+  void work_on(Job& job, int worker) {
     try {
       while (true) {
         const std::int64_t begin = job.next.fetch_add(job.piece, std::memory_order_relaxed);
         if (begin >= job.count) {
           return;
         }
-        job.body(begin, std::min(begin + job.piece, job.count));
+        job.body(begin, std::min(begin + job.piece, job.count), worker);
       }
     } catch (...) {
       job.next.store(job.count, std::memory_order_relaxed);
@@ -162,6 +164,23 @@ Pool& process_pool() {
   return *seen;
 }
 
+// Calls body(begin, end, worker) for pieces of `piece` on up to `threads` threads.
+void run_pieces(std::int64_t count, int threads, std::int64_t piece,
+                const std::function<void(std::int64_t, std::int64_t, int)>& body) {
+  if (count <= 0) {
+    return;
+  }
+  if (threads == 1) {
+    body(0, count, 0);
+    return;
+  }
+  Job job{.body = body, .count = count, .piece = piece, .open = threads - 1};
+  process_pool().run(job);
+  if (job.error) {
+    std::rethrow_exception(job.error);
+  }
+}
+
 }  // namespace
 
 int default_threads() {
@@ -178,29 +197,33 @@ int default_threads() {
   return std::min(cores_by_affinity(), cores_by_quota());
 }
 
+int workers(int threads) {
+  if (threads == 1) {
+    return 1;
+  }
+  const int all = process_pool().threads();
+  return threads <= 0 ? all : std::min(threads, all);
+}
+
 void parallel_for(std::int64_t count, int threads,
                   const std::function<void(std::int64_t, std::int64_t)>& body) {
-  if (count <= 0) {
-    return;
-  }
-  if (threads == 1 || count == 1) {
-    body(0, count);
-    return;
-  }
-  Pool& pool = process_pool();
-  const int limit = threads <= 0 ? pool.threads() : std::min(threads, pool.threads());
-  const int used = static_cast<int>(std::min<std::int64_t>(limit, count));
-  if (used == 1) {
-    body(0, count);
-    return;
-  }
+  const int used =
+      count <= 1 ? 1 : static_cast<int>(std::min<std::int64_t>(workers(threads), count));
   // Four pieces a thread: enough to even out unequal pieces, few enough to cost nothing.
   const std::int64_t piece = std::max<std::int64_t>(1, count / (std::int64_t{4} * used));
-  Job job{.body = body, .count = count, .piece = piece, .open = used - 1};
-  pool.run(job);
-  if (job.error) {
-    std::rethrow_exception(job.error);
-  }
+  run_pieces(count, used, piece,
+             [&body](std::int64_t begin, std::int64_t end, int) { body(begin, end); });
+}
+
+void parallel_tasks(std::int64_t count, int threads,
+                    const std::function<void(std::int64_t, int)>& body) {
+  const int used =
+      count <= 1 ? 1 : static_cast<int>(std::min<std::int64_t>(workers(threads), count));
+  run_pieces(count, used, 1, [&body](std::int64_t begin, std::int64_t end, int worker) {
+    for (std::int64_t task = begin; task < end; ++task) {
+      body(task, worker);
+    }
+  });
 }
 
 }  // namespace mome

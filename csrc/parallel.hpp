@@ -19,4 +19,13 @@ int default_threads();
 void parallel_for(std::int64_t count, int threads,
                   const std::function<void(std::int64_t begin, std::int64_t end)>& body);
 
+// The same for `count` tasks of unequal length, handed out one by one. body(task, worker) is told
+// which of the `workers(threads)` workers it is: two tasks never run at once under the same number,
+// and worker 0 is the caller.
+void parallel_tasks(std::int64_t count, int threads,
+                    const std::function<void(std::int64_t task, int worker)>& body);
+
+// Most threads that a call with this limit uses (0: no limit).
+int workers(int threads);
+
 }  // namespace mome

@@ -189,7 +189,10 @@ def run_fusion(
     threads: int | None = None,
     repeat: int = 0,
 ) -> FusionRun:
-    """Logits (N, voxels) of (voxels, E, N) and the gate's input, weights and bias; shares (E, voxels)."""
+    """Logits (N, voxels) and shares (E, voxels) of the experts' logits (voxels, E, N).
+
+    `gate` is the input, weights (E * N, C) and bias of the gating network's head.
+    """
 
 def instance_norm(
     statistics: NDArray[np.float64], voxels: int, gamma: _Float, beta: _Float, eps: float

@@ -110,12 +110,10 @@ class BlockedInput {
 template <typename Run, typename Keep>
 std::vector<double> run_tasks(std::int64_t tasks, std::int64_t scratch_size,
                               const PlainOptions& options, const Run& run, const Keep& keep) {
+  const Buffer<float> scratch = filled(scratch_size * workers(options.threads), kUnset);
   const auto run_once = [&] {
-    parallel_for(tasks, options.threads, [&](std::int64_t begin, std::int64_t end) {
-      const Buffer<float> scratch = filled(scratch_size, kUnset);
-      for (std::int64_t task = begin; task < end; ++task) {
-        run(task, scratch.data());
-      }
+    parallel_tasks(tasks, options.threads, [&](std::int64_t task, int worker) {
+      run(task, scratch.data() + worker * scratch_size);
     });
   };
   run_once();
@@ -231,12 +229,8 @@ PlainRun plain_convolution(const Kernels& kernels, const ConvolutionKernel& kern
                              .inputs = {blocked.inputs[0].channels, blocked.inputs[1].channels},
                              .outputs = blocked.channels};
   const Buffer<float> packed = filled(kernel.packed_size(stored), kUnset);
-  parallel_for(kernel.pack_tasks(stored), options.threads,
-               [&](std::int64_t begin, std::int64_t end) {
-                 for (std::int64_t task = begin; task < end; ++task) {
-                   kernel.pack(stored, task, packed.data());
-                 }
-               });
+  parallel_tasks(kernel.pack_tasks(stored), options.threads,
+                 [&](std::int64_t task, int) { kernel.pack(stored, task, packed.data()); });
   const std::int64_t voxels = voxels_of(blocked.out);
   const std::int64_t channels = kernels.padded(blocked.channels);
   const Buffer<float> result =
