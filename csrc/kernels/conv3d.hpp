@@ -4,6 +4,7 @@
 
 #include "gemm.hpp"
 #include "kernels.hpp"
+#include "moments.hpp"
 #include "schemes.hpp"
 #include "simd.hpp"
 
@@ -236,8 +237,6 @@ class ConvolutionTask {
   void transform_output(std::int64_t block) {
     double sums[2][kWidth] = {};
     for (std::int64_t row = 0; row < rows_; ++row) {
-      V sum = {};
-      V squares = {};
       const std::int64_t h0 = Plane::kOut * (first_row_ + row);
       const std::int64_t w0 = Plane::kOut * first_column_;
       const std::int64_t depth = smaller(Depth::kOut, call_.out[0] - Depth::kOut * layer_);
@@ -249,23 +248,31 @@ class ConvolutionTask {
           (((block * call_.out[0] + Depth::kOut * layer_) * call_.out[1] + h0) * call_.out[2] +
            w0) *
               kWidth;
-      for (std::int64_t w = 0; w < width; ++w) {
+      const auto voxel = [&](std::int64_t d, std::int64_t h, std::int64_t w) {
+        return to + ((d * call_.out[1] + h) * call_.out[2] + w) * kWidth;
+      };
+      Moments<S> moments{V{}};
+      // From the middle on, whose values, unlike those of a border, are good pivots.
+      for (std::int64_t i = 0; i < width; ++i) {
+        const std::int64_t w = i + width / 2 < width ? i + width / 2 : i + width / 2 - width;
         V y[Depth::kOut][Plane::kOut];
         transform_back(from + w * kWidth, y);
-        for (int d = 0; d < depth; ++d) {
-          for (int h = 0; h < height; ++h) {
-            float* voxel = to + ((d * call_.out[1] + h) * call_.out[2] + w) * kWidth;
-            const V value = call_.accumulate ? y[d][h] + load<S>(voxel) : y[d][h];
-            store<S>(voxel, value);
-            sum += value;
-            squares += value * value;
+        for (std::int64_t d = 0; call_.accumulate && d < depth; ++d) {
+          for (std::int64_t h = 0; h < height; ++h) {
+            y[d][h] += load<S>(voxel(d, h, w));
+          }
+        }
+        if (i == 0) {
+          moments = Moments<S>{y[depth / 2][height / 2]};
+        }
+        for (std::int64_t d = 0; d < depth; ++d) {
+          for (std::int64_t h = 0; h < height; ++h) {
+            store<S>(voxel(d, h, w), y[d][h]);
+            moments.add(y[d][h]);
           }
         }
       }
-      for (std::int64_t lane = 0; lane < kWidth; ++lane) {
-        sums[0][lane] += static_cast<double>(sum[lane]);
-        sums[1][lane] += static_cast<double>(squares[lane]);
-      }
+      moments.add_to(depth * height * width, sums[0], sums[1]);
     }
     if (call_.statistics != nullptr) {
       double* to = call_.statistics + 2 * task_ * output_blocks_ * kWidth + block * kWidth;
