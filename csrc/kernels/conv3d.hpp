@@ -265,12 +265,14 @@ class ConvolutionTask {
         if (i == 0) {
           moments = Moments<S>{y[depth / 2][height / 2]};
         }
+        Moments<S> column = moments.empty();
         for (std::int64_t d = 0; d < depth; ++d) {
           for (std::int64_t h = 0; h < height; ++h) {
             store<S>(voxel(d, h, w), y[d][h]);
-            moments.add(y[d][h]);
+            column.add(y[d][h]);
           }
         }
+        moments.add(column);
       }
       moments.add_to(depth * height * width, sums[0], sums[1]);
     }

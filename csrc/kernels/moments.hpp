@@ -22,6 +22,14 @@ class Moments {
     squares_ += difference * difference;
   }
 
+  // Adds those of a few values about the same pivot: many numbers lose less when added in groups.
+  void add(const Moments& group) {
+    sum_ += group.sum_;
+    squares_ += group.squares_;
+  }
+
+  Moments empty() const { return Moments(pivot_); }
+
   // `count` is the number of values added.
   void add_to(std::int64_t count, double* sums, double* squares) const {
     for (std::int64_t lane = 0; lane < S::kWidth; ++lane) {

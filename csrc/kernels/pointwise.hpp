@@ -163,10 +163,12 @@ struct StemTask {
                          const float* weights, float* to, Moments<S>& moments) {
     V value[Voxels];
     convolve<Voxels>(rows, row_stride, taps, weights, value);
+    Moments<S> group = moments.empty();
     for (std::int64_t v = 0; v < Voxels; ++v) {
       store<S>(to + v * kWidth, value[v]);
-      moments.add(value[v]);
+      group.add(value[v]);
     }
+    moments.add(group);
   }
 };
 
