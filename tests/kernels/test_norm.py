@@ -6,20 +6,18 @@ import numpy as np
 import pytest
 
 import reference
-from kernel_cases import SCHEMES, random_floats, random_input
+from kernel_cases import Scheme, each_scheme, random_floats, random_input
 from mome_sdk import _core
 
 
-@pytest.mark.parametrize(("kernels", "scheme", "stride"), SCHEMES)
-def test_scale_and_shift_normalise_the_result_of_a_convolution(
-    kernels: str, scheme: str, stride: int
-) -> None:
+@each_scheme
+def test_scale_and_shift_normalise_the_result_of_a_convolution(scheme: Scheme) -> None:
     weights = random_floats(0, 11, 5, 3, 3, 3)
     source = random_input(0, 5, (8, 9, 40))
     means = np.array([0, 0, 1, -10, 1e2, -1e3, 0, 0, 0, 0, 0], np.float32)
-    run = _core.run_convolution(kernels, scheme, [source], weights)
+    run = scheme.run([source], weights)
     initial = np.broadcast_to(means.reshape(-1, 1, 1, 1), run["result"][:11].shape)
-    run = _core.run_convolution(kernels, scheme, [source], weights, initial=initial)
+    run = scheme.run([source], weights, initial=initial)
     gamma, beta = random_floats(1, 11), random_floats(2, 11)
     scale, shift = _core.instance_norm(
         run["statistics"], run["result"][0].size, gamma, beta, eps=1e-5

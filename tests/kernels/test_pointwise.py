@@ -7,13 +7,11 @@ import pytest
 from numpy.typing import NDArray
 
 import reference
-from kernel_cases import MAX, SETS, KernelInput, assert_close, random_floats, random_input
+from kernel_cases import MAX, KernelInput, assert_close, each_set, random_floats, random_input
 from mome_sdk import _core
 
-sets = pytest.mark.parametrize("kernels", SETS)
 
-
-@sets
+@each_set
 def test_upsampling_of_any_number_of_channels(kernels: str) -> None:
     for channels in range(1, 66):
         outputs = 66 - channels
@@ -24,7 +22,7 @@ def test_upsampling_of_any_number_of_channels(kernels: str) -> None:
         assert_close(run["result"], reference.upsampling(source.values, weights, bias))
 
 
-@sets
+@each_set
 def test_upsampling_of_any_edges(kernels: str) -> None:
     for edge in range(1, 21):
         for shape in ((edge, 2, 21 - edge), (1, edge, 1), (2, 3, edge)):
@@ -42,7 +40,7 @@ def head_maps(
     return (weights.astype(np.float64) @ values + bias[:, np.newaxis]).T
 
 
-@sets
+@each_set
 def test_a_head_of_any_number_of_channels(kernels: str) -> None:
     for channels in range(1, 66):
         outputs = 1 + channels * 7 % 19
@@ -53,7 +51,7 @@ def test_a_head_of_any_number_of_channels(kernels: str) -> None:
 
 
 # Chunks are of 48 voxels, tasks of 4,096.
-@sets
+@each_set
 @pytest.mark.parametrize("voxels", [1, 47, 48, 49, 4095, 4096, 4097, 8300])
 def test_a_head_writes_its_own_maps_and_no_others(kernels: str, voxels: int) -> None:
     source = random_input(0, 10, (1, 1, voxels))
@@ -64,7 +62,7 @@ def test_a_head_writes_its_own_maps_and_no_others(kernels: str, voxels: int) -> 
     assert np.isnan(run["result"][:, 3:]).all()
 
 
-@sets
+@each_set
 @pytest.mark.parametrize("experts", [1, 2, 5])
 @pytest.mark.parametrize("classes", [1, 2, 4])
 @pytest.mark.parametrize("gated", [True, False])
@@ -89,7 +87,7 @@ def test_the_fusion_sums_gated_logits(
     np.testing.assert_array_equal(alone["result"], run["result"])
 
 
-@sets
+@each_set
 def test_shares_are_those_of_the_first_of_equal_classes(kernels: str) -> None:
     logits = np.array([[[1, 1], [2, 2]], [[-3, 0], [3, 0]]], np.float32)  # (voxels, E, N)
     run = _core.run_fusion(kernels, logits, shares=True)
@@ -97,7 +95,7 @@ def test_shares_are_those_of_the_first_of_equal_classes(kernels: str) -> None:
     np.testing.assert_array_equal(run["shares"], [[1, 3], [2, 3]])
 
 
-@sets
+@each_set
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_what_is_not_finite_does_not_vanish(kernels: str, value: float) -> None:
     source = random_input(0, 3, (2, 3, 4))
