@@ -52,9 +52,13 @@ class Scheme(NamedTuple):
 SETS = list(_core.kernel_sets())
 SCHEMES = [Scheme(name, *each) for name in SETS for each in _core.kernel_sets()[name].items()]
 each_set = pytest.mark.parametrize("kernels", SETS)
-each_scheme = pytest.mark.parametrize(
-    "scheme", SCHEMES, ids=lambda scheme: f"{scheme.kernels}-{scheme.name}"
-)
+
+
+def name_of(scheme: Scheme) -> str:
+    return f"{scheme.kernels}-{scheme.name}"
+
+
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 
 
 def random_input(

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "gemm.hpp"
 #include "kernels.hpp"
@@ -26,60 +27,59 @@ class ConvolutionTask {
   using V = typename S::Vector;
   static constexpr std::int64_t kWidth = S::kWidth;
   static constexpr int kStride = Plane::kStride;
+  // Voxels of a cache line. Columns are transformed a line at a time: rows of a tensor are often a
+  // multiple of 4 KiB apart, so that a line would be evicted between its first and second voxel.
+  static constexpr int kColumnsOfLine = 16 / S::kWidth;
   static constexpr int kPlanes = Depth::kPoints * Plane::kPoints;
   static constexpr std::int64_t kRowsOfKernel = Plane::kKernel.size();
   static constexpr std::int64_t kMatrices =
       static_cast<std::int64_t>(Depth::kKernel.size()) * kRowsOfKernel * kRowsOfKernel;
-  // Tiles of a task: enough rows for the matrix product to reuse a weight, few enough for the
-  // caches.
-  static constexpr std::int64_t kTiles = 16;
 
   ConvolutionTask(const Convolution& call, std::int64_t task, float* scratch)
-      : call_(call), tiling_(call), channels_(channels_of(call)) {
-    layer_ = task / (tiling_.groups * tiling_.chunks);
-    const std::int64_t rest = task % (tiling_.groups * tiling_.chunks);
-    first_row_ = rest / tiling_.chunks * tiling_.rows;
-    first_column_ = rest % tiling_.chunks * tiling_.columns;
-    rows_ = smaller(tiling_.rows, tiling_.tiles[1] - first_row_);
-    columns_ = smaller(tiling_.columns, tiling_.tiles[2] - first_column_);
-    in_width_ = kStride * Plane::kOut * (columns_ - 1) + Plane::kIn;
-    out_width_ = Plane::kOut * columns_;
-    output_blocks_ = (call.channels + kWidth - 1) / kWidth;
+      : call_(call),
+        tiling_(call),
+        channels_(channels_of(call)),
+        output_blocks_(blocks_of(call.channels)),
+        task_(task),
+        place_(tiling_, task) {
     transformed_ = scratch;
-    product_ = transformed_ + kPlanes * channels_.blocks * rows_ * in_width_ * kWidth;
-    points_ = product_ + kPlanes * output_blocks_ * rows_ * out_width_ * kWidth;
+    product_ = transformed_ + kPlanes * transformed_plane();
+    points_ = product_ + kPlanes * product_plane();
     multiplied_ = points_ + Plane::kPoints * channels_.blocks * tiles() * kWidth;
-    task_ = task;
   }
 
   void run() {
-    for (std::int64_t row = 0; row < rows_; ++row) {
+    for (std::int64_t row = 0; row < place_.rows; ++row) {
       for (std::int64_t block = 0; block < channels_.blocks; ++block) {
         transform_input(row, block);
       }
     }
+    Ahead ahead(*this);
     for (int plane = 0; plane < kPlanes; ++plane) {
-      multiply_plane(plane);
+      multiply_plane(plane, ahead);
     }
     for (std::int64_t block = 0; block < output_blocks_; ++block) {
       transform_output(block);
+    }
+    if (streaming()) {
+      _mm_sfence();
     }
   }
 
   static std::int64_t tasks(const Convolution& call) {
     const Tiling tiling(call);
-    return tiling.tiles[0] * tiling.groups * tiling.chunks;
+    return tiling.layers * tiling.groups * tiling.chunks;
   }
 
   static std::int64_t scratch(const Convolution& call) {
     const Tiling tiling(call);
     const std::int64_t inputs = channels_of(call).blocks;
-    const std::int64_t outputs = (call.channels + kWidth - 1) / kWidth;
+    const std::int64_t outputs = blocks_of(call.channels);
     const std::int64_t tiles = tiling.rows * tiling.columns;
     const std::int64_t in_width = kStride * Plane::kOut * (tiling.columns - 1) + Plane::kIn;
-    return kWidth *
-           (kPlanes * tiling.rows * inputs * in_width +
-            (kPlanes * outputs * Plane::kOut + Plane::kPoints * (inputs + outputs)) * tiles);
+    return kPlanes * (plane_size(inputs, tiling.rows, in_width) +
+                      plane_size(outputs, tiling.rows, Plane::kOut * tiling.columns)) +
+           Plane::kPoints * (inputs + outputs) * tiles * kWidth;
   }
 
   static double multiplications(const Convolution& call) {
@@ -100,22 +100,118 @@ class ConvolutionTask {
     return (whole + piece - 1) / piece;
   }
 
+  static std::int64_t blocks_of(std::int64_t channels) { return pieces(channels, kWidth); }
+
   // How the tiles of a result are shared out: `columns` along w, `rows` along h, one layer in d.
+  // Many tiles reuse a weight more often, few fit the caches; the numbers are measured.
   struct Tiling {
     explicit Tiling(const Convolution& call) {
+      const std::int64_t wanted = channels_of(call).blocks * kWidth + call.channels < 256 ? 16 : 32;
       tiles = {pieces(call.out[0], Depth::kOut), pieces(call.out[1], Plane::kOut),
                pieces(call.out[2], Plane::kOut)};
-      chunks = pieces(tiles[2], kTiles);
+      layers = tiles[0];
+      chunks = pieces(tiles[2], wanted);
       columns = pieces(tiles[2], chunks);
-      rows = smaller(tiles[1], larger(1, kTiles / columns));
+      rows = smaller(tiles[1], larger(1, wanted / columns));
       groups = pieces(tiles[1], rows);
     }
 
     Index3 tiles;
-    std::int64_t columns, chunks, rows, groups;
+    std::int64_t layers, columns, chunks, rows, groups;
   };
 
-  std::int64_t tiles() const { return rows_ * columns_; }
+  // What a task computes. Tasks run through bands of `kBand` groups of rows, in a band through the
+  // layers, so that the layer before is still in the cache where two overlap.
+  struct Place {
+    static constexpr std::int64_t kBand = 8;
+
+    Place(const Tiling& tiling, std::int64_t task) {
+      const std::int64_t group_tasks = tiling.chunks;
+      const std::int64_t band = task / (kBand * tiling.layers * group_tasks);
+      const std::int64_t band_groups = smaller(kBand, tiling.groups - band * kBand);
+      const std::int64_t rest = task - band * kBand * tiling.layers * group_tasks;
+      layer = rest / (band_groups * group_tasks);
+      first_row = (band * kBand + rest / group_tasks % band_groups) * tiling.rows;
+      first_column = rest % group_tasks * tiling.columns;
+      rows = smaller(tiling.rows, tiling.tiles[1] - first_row);
+      columns = smaller(tiling.columns, tiling.tiles[2] - first_column);
+    }
+
+    std::int64_t in_width() const { return kStride * Plane::kOut * (columns - 1) + Plane::kIn; }
+    std::int64_t out_width() const { return Plane::kOut * columns; }
+
+    std::int64_t layer, first_row, first_column, rows, columns;
+  };
+
+  // Fetches the rows of a later task into the cache, a few lines at a time between the products of
+  // this one. Without it the input transform waits for memory: 36 rows defeat the processor's own.
+  class Ahead {
+   public:
+    explicit Ahead(const ConvolutionTask& now)
+        : call_(now.call_),
+          channels_(now.channels_),
+          there_(now.task_ + call_.workers < tasks(call_)),
+          place_(now.tiling_, there_ ? now.task_ + call_.workers : now.task_),
+          segments_(there_ ? channels_.blocks * place_.rows * Depth::kIn * kNew : 0) {
+      constexpr std::int64_t kProducts = kPlanes * Plane::kPoints;
+      const std::int64_t lines = segments_ * (place_.in_width() * kWidth / kLine + 1);
+      burst_ = (lines + kProducts - 1) / kProducts;
+    }
+
+    void fetch() {
+      for (std::int64_t line = 0; line < burst_ && (at_ < end_ || next_segment()); ++line) {
+        __builtin_prefetch(at_, 0, 2);
+        at_ += kLine;
+      }
+    }
+
+   private:
+    static constexpr std::int64_t kLine = 16;
+    // Rows that the task just before, in the same column, has not read.
+    static constexpr std::int64_t kNew = kStride * Plane::kOut;
+
+    bool next_segment() {
+      while (segment_ < segments_) {
+        const std::int64_t h = kStride * Plane::kOut * place_.first_row - 1 + Plane::kIn - kNew +
+                               segment_ % (kNew * place_.rows);
+        const std::int64_t rest = segment_ / (kNew * place_.rows);
+        const std::int64_t d = kStride * Depth::kOut * place_.layer - 1 + rest % Depth::kIn;
+        const std::int64_t block = rest / Depth::kIn;
+        ++segment_;
+        if (d < 0 || d >= call_.in[0] || h < 0 || h >= call_.in[1]) {
+          continue;
+        }
+        const bool second = block >= channels_.first_blocks;
+        const std::int64_t own = second ? block - channels_.first_blocks : block;
+        const float* row = call_.inputs[second ? 1 : 0].data +
+                           ((own * call_.in[0] + d) * call_.in[1] + h) * call_.in[2] * kWidth;
+        const std::int64_t w0 = kStride * Plane::kOut * place_.first_column - 1;
+        at_ = row + larger(0, w0) * kWidth;
+        end_ = row + smaller(call_.in[2], w0 + place_.in_width()) * kWidth;
+        return true;
+      }
+      return false;
+    }
+
+    const Convolution& call_;
+    const Channels& channels_;
+    bool there_;
+    Place place_;
+    std::int64_t segments_;
+    std::int64_t segment_ = 0;
+    std::int64_t burst_ = 0;
+    const float* at_ = nullptr;
+    const float* end_ = nullptr;
+  };
+
+  // Results that no cache holds until they are read.
+  bool streaming() const {
+    constexpr std::int64_t kFloats = 1 << 22;
+    return !call_.accumulate &&
+           call_.out[0] * call_.out[1] * call_.out[2] * call_.channels > kFloats;
+  }
+
+  std::int64_t tiles() const { return place_.rows * place_.columns; }
 
   void transform_input(std::int64_t row, std::int64_t block) {
     const bool second = block >= channels_.first_blocks;
@@ -123,9 +219,9 @@ class ConvolutionTask {
     const std::int64_t own = second ? block - channels_.first_blocks : block;
     const auto [depth, height, width] = call_.in;
     const float* data = input.data + own * depth * height * width * kWidth;
-    const std::int64_t d0 = kStride * Depth::kOut * layer_ - 1;
-    const std::int64_t h0 = kStride * Plane::kOut * (first_row_ + row) - 1;
-    const std::int64_t w0 = kStride * Plane::kOut * first_column_ - 1;
+    const std::int64_t d0 = kStride * Depth::kOut * place_.layer - 1;
+    const std::int64_t h0 = kStride * Plane::kOut * (place_.first_row + row) - 1;
+    const std::int64_t w0 = kStride * Plane::kOut * place_.first_column - 1;
     const float* lines[Depth::kIn][Plane::kIn];  // null outside of the tensor
     bool inside = true;
     for (int d = 0; d < Depth::kIn; ++d) {
@@ -136,8 +232,8 @@ class ConvolutionTask {
       }
     }
     const std::int64_t begin = larger(0, -w0);
-    const std::int64_t end = larger(begin, smaller(in_width_, width - w0));
-    float* to = transformed_ + (block * rows_ + row) * in_width_ * kWidth;
+    const std::int64_t end = larger(begin, smaller(place_.in_width(), width - w0));
+    float* to = transformed_ + (block * place_.rows + row) * place_.in_width() * kWidth;
     const V scale = load<S>(input.scale + own * kWidth);
     const V shift = load<S>(input.shift + own * kWidth);
     clear_columns(to, 0, begin);
@@ -146,10 +242,20 @@ class ConvolutionTask {
     } else {
       transform_columns<false>(lines, w0, begin, end, scale, shift, input.slope, to);
     }
-    clear_columns(to, end, in_width_);
+    clear_columns(to, end, place_.in_width());
   }
 
-  std::int64_t transformed_plane() const { return channels_.blocks * rows_ * in_width_ * kWidth; }
+  // Planes lie a cache line further apart than they are long: at powers of two, the same voxel of
+  // all planes would compete for one set of the cache.
+  static std::int64_t plane_size(std::int64_t blocks, std::int64_t rows, std::int64_t width) {
+    return (blocks * rows * width + kColumnsOfLine) * kWidth;
+  }
+  std::int64_t transformed_plane() const {
+    return plane_size(channels_.blocks, place_.rows, place_.in_width());
+  }
+  std::int64_t product_plane() const {
+    return plane_size(output_blocks_, place_.rows, place_.out_width());
+  }
 
   void clear_columns(float* to, std::int64_t begin, std::int64_t end) {
     for (int plane = 0; plane < kPlanes; ++plane) {
@@ -163,43 +269,67 @@ class ConvolutionTask {
   void transform_columns(const float* (&lines)[Depth::kIn][Plane::kIn], std::int64_t w0,
                          std::int64_t begin, std::int64_t end, V scale, V shift, float slope,
                          float* to) {
-    const std::int64_t plane_stride = transformed_plane();
-    for (std::int64_t w = begin; w < end; ++w) {
-      V half[Depth::kPoints][Plane::kIn];
-      for (int h = 0; h < Plane::kIn; ++h) {
-        V x[Depth::kIn];
-        for (int d = 0; d < Depth::kIn; ++d) {
+    const auto transform = [&]<int Columns>(std::integral_constant<int, Columns>, std::int64_t w) {
+      transform_line<Inside, Columns>(lines, w0 + w, scale, shift, slope, to + w * kWidth);
+    };
+    std::int64_t w = begin;
+    for (; w < end && (w0 + w) % kColumnsOfLine != 0; ++w) {
+      transform(std::integral_constant<int, 1>{}, w);
+    }
+    for (; w + kColumnsOfLine <= end; w += kColumnsOfLine) {
+      transform(std::integral_constant<int, kColumnsOfLine>{}, w);
+    }
+    for (; w < end; ++w) {
+      transform(std::integral_constant<int, 1>{}, w);
+    }
+  }
+
+  template <bool Inside, int Columns>
+  void transform_line(const float* (&lines)[Depth::kIn][Plane::kIn], std::int64_t w, V scale,
+                      V shift, float slope, float* to) {
+    V half[Columns][Depth::kPoints][Plane::kIn];
+    for (int h = 0; h < Plane::kIn; ++h) {
+      V x[Columns][Depth::kIn];
+      for (int d = 0; d < Depth::kIn; ++d) {
+        for (int c = 0; c < Columns; ++c) {
           if (Inside || lines[d][h] != nullptr) {
-            const V t = load<S>(lines[d][h] + (w0 + w) * kWidth) * scale + shift;
-            x[d] = maximum<S>(t, slope * t);
+            const V t = load<S>(lines[d][h] + (w + c) * kWidth) * scale + shift;
+            x[c][d] = maximum<S>(t, slope * t);
           } else {
-            x[d] = V{};
+            x[c][d] = V{};
           }
         }
-        Depth::input(x, 1, &half[0][h], Plane::kIn);
       }
-      for (int d = 0; d < Depth::kPoints; ++d) {
-        V y[Plane::kPoints];
-        Plane::input(half[d], 1, y, 1);
-        for (int h = 0; h < Plane::kPoints; ++h) {
-          store<S>(to + (d * Plane::kPoints + h) * plane_stride + w * kWidth, y[h]);
+      for (int c = 0; c < Columns; ++c) {
+        Depth::input(x[c], 1, &half[c][0][h], Plane::kIn);
+      }
+    }
+    for (int d = 0; d < Depth::kPoints; ++d) {
+      V y[Columns][Plane::kPoints];
+      for (int c = 0; c < Columns; ++c) {
+        Plane::input(half[c][d], 1, y[c], 1);
+      }
+      for (int h = 0; h < Plane::kPoints; ++h) {
+        for (int c = 0; c < Columns; ++c) {
+          store<S>(to + (d * Plane::kPoints + h) * transformed_plane() + c * kWidth, y[c][h]);
         }
       }
     }
   }
 
-  void multiply_plane(int plane) {
+  void multiply_plane(int plane, Ahead& ahead) {
     const std::int64_t point_size = channels_.blocks * tiles() * kWidth;
     const float* from = transformed_ + plane * transformed_plane();
-    for (std::int64_t line = 0; line < channels_.blocks * rows_; ++line) {
-      const std::int64_t block = line / rows_;
-      const std::int64_t row = line % rows_;
-      float* to = points_ + (block * tiles() + row * columns_) * kWidth;
-      for (std::int64_t tile = 0; tile < columns_; ++tile) {
+    for (std::int64_t line = 0; line < channels_.blocks * place_.rows; ++line) {
+      const std::int64_t block = line / place_.rows;
+      const std::int64_t row = line % place_.rows;
+      float* to = points_ + (block * tiles() + row * place_.columns) * kWidth;
+      for (std::int64_t tile = 0; tile < place_.columns; ++tile) {
         V x[Plane::kIn];
         V y[Plane::kPoints];
         for (int w = 0; w < Plane::kIn; ++w) {
-          x[w] = load<S>(from + (line * in_width_ + tile * kStride * Plane::kOut + w) * kWidth);
+          x[w] = load<S>(from +
+                         (line * place_.in_width() + tile * kStride * Plane::kOut + w) * kWidth);
         }
         Plane::input(x, 1, y, 1);
         for (int p = 0; p < Plane::kPoints; ++p) {
@@ -214,6 +344,7 @@ class ConvolutionTask {
         kRowsOfKernel;
     const std::int64_t product_size = output_blocks_ * tiles() * kWidth;
     for (std::size_t p = 0; p < Plane::kPoints; ++p) {
+      ahead.fetch();
       multiply<S>(points_ + static_cast<std::int64_t>(p) * point_size,
                   call_.weights + (matrices + Plane::kRow[p]) * matrix, channels_, output_blocks_,
                   tiles(), multiplied_ + static_cast<std::int64_t>(p) * product_size);
@@ -232,47 +363,34 @@ class ConvolutionTask {
     }
   }
 
-  std::int64_t product_plane() const { return output_blocks_ * tiles() * Plane::kOut * kWidth; }
-
   void transform_output(std::int64_t block) {
     double sums[2][kWidth] = {};
-    for (std::int64_t row = 0; row < rows_; ++row) {
-      const std::int64_t h0 = Plane::kOut * (first_row_ + row);
-      const std::int64_t w0 = Plane::kOut * first_column_;
-      const std::int64_t depth = smaller(Depth::kOut, call_.out[0] - Depth::kOut * layer_);
+    for (std::int64_t row = 0; row < place_.rows; ++row) {
+      const std::int64_t h0 = Plane::kOut * (place_.first_row + row);
+      const std::int64_t w0 = Plane::kOut * place_.first_column;
+      const std::int64_t depth = smaller(Depth::kOut, call_.out[0] - Depth::kOut * place_.layer);
       const std::int64_t height = smaller(Plane::kOut, call_.out[1] - h0);
-      const std::int64_t width = smaller(out_width_, call_.out[2] - w0);
-      const float* from = product_ + (block * rows_ + row) * out_width_ * kWidth;
-      float* to =
-          call_.result +
-          (((block * call_.out[0] + Depth::kOut * layer_) * call_.out[1] + h0) * call_.out[2] +
-           w0) *
-              kWidth;
-      const auto voxel = [&](std::int64_t d, std::int64_t h, std::int64_t w) {
-        return to + ((d * call_.out[1] + h) * call_.out[2] + w) * kWidth;
-      };
-      Moments<S> moments{V{}};
-      // From the middle on, whose values, unlike those of a border, are good pivots.
-      for (std::int64_t i = 0; i < width; ++i) {
-        const std::int64_t w = i + width / 2 < width ? i + width / 2 : i + width / 2 - width;
-        V y[Depth::kOut][Plane::kOut];
-        transform_back(from + w * kWidth, y);
-        for (std::int64_t d = 0; call_.accumulate && d < depth; ++d) {
-          for (std::int64_t h = 0; h < height; ++h) {
-            y[d][h] += load<S>(voxel(d, h, w));
-          }
+      const std::int64_t width = smaller(place_.out_width(), call_.out[2] - w0);
+      const float* from = product_ + (block * place_.rows + row) * place_.out_width() * kWidth;
+      float* to = call_.result +
+                  (((block * call_.out[0] + Depth::kOut * place_.layer) * call_.out[1] + h0) *
+                       call_.out[2] +
+                   w0) *
+                      kWidth;
+      const std::int64_t middle = width / 2 * kWidth;
+      Moments<S> moments(typical(from + middle, depth, height, to + middle));
+      std::int64_t w = 0;
+      for (; w + kColumnsOfLine <= width; w += kColumnsOfLine) {
+        if (streaming()) {
+          write_line<kColumnsOfLine, true>(from + w * kWidth, depth, height, to + w * kWidth,
+                                           moments);
+        } else {
+          write_line<kColumnsOfLine, false>(from + w * kWidth, depth, height, to + w * kWidth,
+                                            moments);
         }
-        if (i == 0) {
-          moments = Moments<S>{y[depth / 2][height / 2]};
-        }
-        Moments<S> column = moments.empty();
-        for (std::int64_t d = 0; d < depth; ++d) {
-          for (std::int64_t h = 0; h < height; ++h) {
-            store<S>(voxel(d, h, w), y[d][h]);
-            column.add(y[d][h]);
-          }
-        }
-        moments.add(column);
+      }
+      for (; w < width; ++w) {
+        write_line<1, false>(from + w * kWidth, depth, height, to + w * kWidth, moments);
       }
       moments.add_to(depth * height * width, sums[0], sums[1]);
     }
@@ -283,6 +401,41 @@ class ConvolutionTask {
         to[output_blocks_ * kWidth + lane] = sums[1][lane];
       }
     }
+  }
+
+  template <int Columns, bool Streaming>
+  void write_line(const float* from, std::int64_t depth, std::int64_t height, float* to,
+                  Moments<S>& moments) {
+    V y[Columns][Depth::kOut][Plane::kOut];
+    for (int c = 0; c < Columns; ++c) {
+      transform_back(from + c * kWidth, y[c]);
+    }
+    Moments<S> group = moments.empty();
+    for (int d = 0; d < depth; ++d) {
+      for (int h = 0; h < height; ++h) {
+        float* voxel = to + (d * call_.out[1] + h) * call_.out[2] * kWidth;
+        for (int c = 0; c < Columns; ++c) {
+          const V value = call_.accumulate ? y[c][d][h] + load<S>(voxel + c * kWidth) : y[c][d][h];
+          if (Streaming) {
+            store_streaming<S>(voxel + c * kWidth, value);
+          } else {
+            store<S>(voxel + c * kWidth, value);
+          }
+          group.add(value);
+        }
+      }
+    }
+    moments.add(group);
+  }
+
+  // A value of a voxel column that is no border's where there are others.
+  V typical(const float* from, std::int64_t depth, std::int64_t height, const float* to) {
+    V y[Depth::kOut][Plane::kOut];
+    transform_back(from, y);
+    const std::int64_t d = depth / 2;
+    const std::int64_t h = height / 2;
+    const float* voxel = to + (d * call_.out[1] + h) * call_.out[2] * kWidth;
+    return call_.accumulate ? y[d][h] + load<S>(voxel) : y[d][h];
   }
 
   void transform_back(const float* from, V (&y)[Depth::kOut][Plane::kOut]) {
@@ -302,8 +455,9 @@ class ConvolutionTask {
   const Convolution& call_;
   Tiling tiling_;
   Channels channels_;
-  std::int64_t task_, layer_, first_row_, first_column_, rows_, columns_;
-  std::int64_t in_width_, out_width_, output_blocks_;
+  std::int64_t output_blocks_;
+  std::int64_t task_;
+  Place place_;
   float* transformed_;
   float* product_;
   float* points_;

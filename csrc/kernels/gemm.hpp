@@ -35,8 +35,16 @@ void multiply_tile(const float* a, const float* u, const Channels& channels,
                    std::int64_t row_stride, float* c) {
   using V = typename S::Vector;
   constexpr std::int64_t kWidth = S::kWidth;
-  V sum[Rows][Columns] = {};
+  V sum[Rows][Columns];
+  for (int t = 0; t < Rows; ++t) {
+    for (int v = 0; v < Columns; ++v) {
+      sum[t][v] = V{};  // one by one: an initialiser would clear memory too
+    }
+  }
   const auto accumulate = [&](const float* row, const float* column) {
+    // The weights of a layer are one stream, which the processor's own prefetch loses at every
+    // page.
+    __builtin_prefetch(column + 1024, 0, 2);
     V weight[Columns];
     for (int v = 0; v < Columns; ++v) {
       weight[v] = load<S>(column + v * kWidth);

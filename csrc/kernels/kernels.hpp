@@ -39,6 +39,8 @@ struct Convolution {
   const float* weights = nullptr;  // as packed
   float* result = nullptr;         // may not overlap the inputs
   bool accumulate = false;         // add to `result` instead of overwriting it
+  // Tasks that run at the same time: what the task this far ahead will read is fetched in advance.
+  std::int64_t workers = 1;
   // Per task: sum, then sum of squares, of every (padded) channel of the result; or none.
   double* statistics = nullptr;
 };

@@ -241,6 +241,7 @@ PlainRun plain_convolution(const Kernels& kernels, const ConvolutionKernel& kern
   const Buffer<double> statistics = filled(run.tasks * 2 * channels, double{kUnset});
   blocked.weights = packed.data();
   blocked.result = result.data();
+  blocked.workers = workers(options.threads);
   blocked.accumulate = call.initial.has_value();
   blocked.statistics = statistics.data();
   run.seconds = run_tasks(

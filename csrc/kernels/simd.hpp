@@ -1,5 +1,7 @@
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
 // One vector type for every instruction set: kernels are written once, as templates over a Simd,
@@ -37,6 +39,16 @@ inline typename S::Vector load(const float* from) {
 template <typename S>
 inline void store(float* to, typename S::Vector value) {
   *reinterpret_cast<typename S::Vector*>(to) = value;
+}
+
+// Past the caches: for results that are larger than they are. `to` is a whole cache line's part; a
+// fence must follow before another thread reads it.
+template <typename S>
+inline void store_streaming(float* to, typename S::Vector value) {
+  const auto* halves = reinterpret_cast<const __m256*>(&value);
+  for (int half = 0; half < S::kWidth / 8; ++half) {
+    _mm256_stream_ps(to + 8 * half, halves[half]);
+  }
 }
 
 template <typename S>
