@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "bindings_arrays.hpp"
+#include "bindings_kernels.hpp"
 #include "bindings_native.hpp"
 #include "components.hpp"
 #include "cpu.hpp"
@@ -59,40 +61,6 @@ void raise_in_python(const Error& error) {
   PyErr_SetObject(type.ptr(), value.ptr());
 }
 
-template <typename T>
-std::string dtype_name() {
-  return py::str(py::dtype::of<T>()).template cast<std::string>();
-}
-
-// A dense array in C order of exactly this type; copies if the layout differs, never converts.
-template <typename T, std::size_t Rank>
-std::pair<py::array, TensorView<const T, Rank>> input(const py::array& array, const char* name) {
-  if (!py::isinstance<py::array_t<T>>(array) || array.ndim() != static_cast<py::ssize_t>(Rank)) {
-    throw Error("argument.array",
-                std::string("The ") + name + " is an array of " +
-                    py::str(array.dtype()).cast<std::string>() + " with " +
-                    std::to_string(array.ndim()) + " axes.",
-                "Expected are " + std::to_string(Rank) + " axes of " + dtype_name<T>() + ".");
-  }
-  py::array dense = py::array_t<T, py::array::c_style>::ensure(array);
-  TensorView<const T, Rank> view{static_cast<const T*>(dense.data()), {}};
-  for (std::size_t axis = 0; axis < Rank; ++axis) {
-    view.shape[axis] = dense.shape(static_cast<py::ssize_t>(axis));
-  }
-  return {std::move(dense), view};
-}
-
-template <typename T, std::size_t Rank>
-py::array_t<T> array_of(Buffer<T> buffer, const std::array<std::int64_t, Rank>& shape) {
-  auto owner = std::make_unique<Buffer<T>>(std::move(buffer));
-  T* data = owner->data();
-  const py::capsule base(owner.get(), [](void* memory) {
-    const std::unique_ptr<Buffer<T>> release(static_cast<Buffer<T>*>(memory));
-  });
-  owner.release();  // the capsule owns it now
-  return py::array_t<T>(shape, data, base);
-}
-
 Blend blend_of(const std::string& name) {
   if (name == "exact") {
     return Blend::exact;
@@ -113,14 +81,6 @@ std::array<bool, 3> mirror_of(const std::vector<int>& axes) {
     mirror[static_cast<std::size_t>(axis)] = true;
   }
   return mirror;
-}
-
-int threads_of(std::optional<int> threads) {
-  if (threads && *threads < 1) {
-    throw Error("argument.threads", "The number of threads is " + std::to_string(*threads) + ".",
-                "It must be at least 1, or None for all.");
-  }
-  return threads.value_or(0);
 }
 
 SlidingWindowOptions options_of(const Index3& patch, double step, const std::vector<int>& mirror,
@@ -382,6 +342,7 @@ PYBIND11_MODULE(_core, module) {
              arg("offset") = 0, arg("size") = py::none());
   module.def("cpu_features", &cpu_features);
   module.def("default_threads", &default_threads);
+  bind_kernels(module);
   bind_native(module);
 }
 

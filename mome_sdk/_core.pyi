@@ -6,7 +6,7 @@ they work and use at most the threads of the process-wide pool (`default_threads
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,3 +105,96 @@ def cpu_features() -> dict[str, bool]:
 
 def default_threads() -> int:
     """MOME_THREADS if set, else the cores that this process may use."""
+
+# One kernel of the native engine on plain arrays, for tests and benchmarks. An input is (array
+# (C, D, H, W), scale (C), shift (C), slope): the kernel reads max(t, slope * t) of t = scale * x +
+# shift. Results have the channels of the padding too, which hold zeros. `seconds` are those of
+# `repeat` timed runs of the arithmetic alone, after the one that made the result.
+_KernelInput = tuple[_Float, _Float, _Float, float]
+
+class KernelRun(TypedDict):
+    result: _Float
+    seconds: list[float]
+
+class ConvolutionRun(KernelRun):
+    statistics: NDArray[np.float64]  # (tasks, 2, padded channels): sums and sums of squares
+
+class SchemeRun(ConvolutionRun):
+    multiplications: float  # that the scheme needs
+
+class FusionRun(KernelRun):
+    shares: _Float | None
+
+def kernel_sets() -> dict[str, dict[str, int]]:
+    """Kernels that run on this processor, slowest first: their convolutions and the strides."""
+
+def convolution_for(kernels: str, stride: int, out: Sequence[int]) -> str:
+    """Name of the convolution that the engine takes for a result (D, H, W)."""
+
+def run_convolution(
+    kernels: str,
+    scheme: str,
+    inputs: Sequence[_KernelInput],
+    weights: _Float,
+    *,
+    first: int = 0,
+    initial: _Float | None = None,
+    threads: int | None = None,
+    repeat: int = 0,
+) -> SchemeRun:
+    """3x3x3 convolution of one or two inputs; weights (Co, Ci, 3, 3, 3), Ci read from `first` on.
+
+    It is added to `initial` (Co, D, H, W) if given.
+    """
+
+def run_stem(
+    kernels: str,
+    image: _Float,
+    weights: _Float,
+    *,
+    threads: int | None = None,
+    repeat: int = 0,
+) -> ConvolutionRun:
+    """3x3x3 convolution of an image (C, D, H, W); weights (Co, C, 3, 3, 3)."""
+
+def run_upsampling(
+    kernels: str,
+    input: _KernelInput,
+    weights: _Float,
+    bias: _Float,
+    *,
+    threads: int | None = None,
+    repeat: int = 0,
+) -> KernelRun:
+    """2x2x2 transposed convolution, stride 2; weights (Ci, Co, 2, 2, 2)."""
+
+def run_head(
+    kernels: str,
+    input: _KernelInput,
+    weights: _Float,
+    bias: _Float,
+    *,
+    stride: int | None = None,
+    threads: int | None = None,
+    repeat: int = 0,
+) -> KernelRun:
+    """Maps (voxels, stride) of weights (Co, Ci); NaN past the Co maps, the stride by default."""
+
+def run_fusion(
+    kernels: str,
+    expert_logits: _Float,
+    *,
+    gate: tuple[_KernelInput, _Float, _Float] | None = None,
+    shares: bool = False,
+    threads: int | None = None,
+    repeat: int = 0,
+) -> FusionRun:
+    """Logits (N, voxels) and shares (E, voxels) of the experts' logits (voxels, E, N).
+
+    `gate` is the input, weights (E * N, C) and bias of the gating network's head.
+    """
+
+def instance_norm(
+    statistics: NDArray[np.float64], voxels: int, gamma: _Float, beta: _Float, eps: float
+) -> tuple[_Float, _Float]:
+    """Scale and shift (padded channels) that normalise what has these statistics."""

@@ -100,3 +100,41 @@ def connected_components(mask: NDArray[np.uint8]) -> tuple[NDArray[np.int32], in
     for name, part in enumerate(found, start=1):
         labels[part] = name
     return labels, len(found)
+
+
+def activation(array: Array, scale: Array, shift: Array, slope: float) -> NDArray[np.float64]:
+    """Scale and shift of every channel of (C, D, H, W), then LeakyReLU."""
+    scaled = array * scale.astype(np.float64).reshape(-1, 1, 1, 1) + shift.reshape(-1, 1, 1, 1)
+    return np.maximum(scaled, float(np.float32(slope)) * scaled)
+
+
+def convolution(array: Array, weights: Array, stride: int = 1) -> NDArray[np.float64]:
+    """3x3x3, zero padding 1: (C, D, H, W) with weights (Co, C, 3, 3, 3)."""
+    depth, height, width = array.shape[1:]
+    padded = np.pad(array.astype(np.float64), [(0, 0), (1, 1), (1, 1), (1, 1)])
+    taps = weights.astype(np.float64)
+    return sum(
+        np.tensordot(
+            taps[:, :, i, j, k],
+            padded[:, i : i + depth : stride, j : j + height : stride, k : k + width : stride],
+            1,
+        )
+        for i, j, k in product(range(3), repeat=3)
+    )
+
+
+def upsampling(array: Array, weights: Array, bias: Array) -> NDArray[np.float64]:
+    """2x2x2 transposed, stride 2: (C, D, H, W) with weights (C, Co, 2, 2, 2)."""
+    result = np.empty((weights.shape[1], *(2 * edge for edge in array.shape[1:])))
+    for i, j, k in product(range(2), repeat=3):
+        tap = weights[:, :, i, j, k].astype(np.float64).T
+        result[:, i::2, j::2, k::2] = np.tensordot(tap, array.astype(np.float64), 1)
+    return result + bias.reshape(-1, 1, 1, 1)
+
+
+def instance_norm(array: Array, gamma: Array, beta: Array, eps: float) -> NDArray[np.float64]:
+    """Every channel of (C, D, H, W) by its own mean and biased variance."""
+    values = array.astype(np.float64)
+    mean = values.mean((1, 2, 3), keepdims=True)
+    deviation = np.sqrt(values.var((1, 2, 3), keepdims=True) + eps)
+    return gamma.reshape(-1, 1, 1, 1) * (values - mean) / deviation + beta.reshape(-1, 1, 1, 1)

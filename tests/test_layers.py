@@ -146,6 +146,9 @@ def test_the_core_includes_nothing_but_the_standard_library_and_pybind11() -> No
     assert sources
     assert {head for _, head in libraries if not head.startswith("pybind11/")} == set()
     assert {name for name, _ in libraries} <= {
+        "bindings_arrays.hpp",
+        "bindings_kernels.cpp",
+        "bindings_kernels.hpp",
         "bindings.cpp",
         "python_engine.cpp",
         "python_engine.hpp",

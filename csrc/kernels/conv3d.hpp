@@ -6,6 +6,7 @@
 
 #include "gemm.hpp"
 #include "kernels.hpp"
+#include "moments.hpp"
 #include "schemes.hpp"
 #include "simd.hpp"
 
@@ -376,8 +377,6 @@ class ConvolutionTask {
   void transform_output(std::int64_t block) {
     double sums[2][kWidth] = {};
     for (std::int64_t row = 0; row < place_.rows; ++row) {
-      V sum = {};
-      V squares = {};
       const std::int64_t d0 = Depth::kOut * place_.layer_of(row);
       const std::int64_t h0 = Plane::kOut * place_.row_of(row);
       const std::int64_t w0 = Plane::kOut * place_.first_column;
@@ -387,23 +386,24 @@ class ConvolutionTask {
       const float* from = product_ + (block * place_.rows + row) * place_.out_width() * kWidth;
       float* to = call_.result +
                   (((block * call_.out[0] + d0) * call_.out[1] + h0) * call_.out[2] + w0) * kWidth;
+      // From the middle, whose values, unlike those of a border, are good pivots.
+      V middle[Depth::kOut][Plane::kOut];
+      transform_back(from + width / 2 * kWidth, middle);
+      Moments<S> moments{middle[depth / 2][height / 2]};
       std::int64_t w = 0;
       for (; w + kColumnsOfLine <= width; w += kColumnsOfLine) {
         if (streaming()) {
-          write_line<kColumnsOfLine, true>(from + w * kWidth, depth, height, to + w * kWidth, sum,
-                                           squares);
+          write_line<kColumnsOfLine, true>(from + w * kWidth, depth, height, to + w * kWidth,
+                                           moments);
         } else {
-          write_line<kColumnsOfLine, false>(from + w * kWidth, depth, height, to + w * kWidth, sum,
-                                            squares);
+          write_line<kColumnsOfLine, false>(from + w * kWidth, depth, height, to + w * kWidth,
+                                            moments);
         }
       }
       for (; w < width; ++w) {
-        write_line<1, false>(from + w * kWidth, depth, height, to + w * kWidth, sum, squares);
+        write_line<1, false>(from + w * kWidth, depth, height, to + w * kWidth, moments);
       }
-      for (std::int64_t lane = 0; lane < kWidth; ++lane) {
-        sums[0][lane] += static_cast<double>(sum[lane]);
-        sums[1][lane] += static_cast<double>(squares[lane]);
-      }
+      moments.add_to(depth * height * width, sums[0], sums[1]);
     }
     if (call_.statistics != nullptr) {
       double* to = call_.statistics + 2 * task_ * output_blocks_ * kWidth + block * kWidth;
@@ -415,12 +415,13 @@ class ConvolutionTask {
   }
 
   template <int Columns, bool Streaming>
-  void write_line(const float* from, std::int64_t depth, std::int64_t height, float* to, V& sum,
-                  V& squares) {
+  void write_line(const float* from, std::int64_t depth, std::int64_t height, float* to,
+                  Moments<S>& moments) {
     V y[Columns][Depth::kOut][Plane::kOut];
     for (int c = 0; c < Columns; ++c) {
       transform_back(from + c * kWidth, y[c]);
     }
+    Moments<S> line = moments.empty();
     for (int d = 0; d < depth; ++d) {
       for (int h = 0; h < height; ++h) {
         float* voxel = to + (d * call_.out[1] + h) * call_.out[2] * kWidth;
@@ -431,11 +432,11 @@ class ConvolutionTask {
           } else {
             store<S>(voxel + c * kWidth, value);
           }
-          sum += value;
-          squares += value * value;
+          line.add(value);
         }
       }
     }
+    moments.add(line);
   }
 
   void transform_back(const float* from, V (&y)[Depth::kOut][Plane::kOut]) {

@@ -3,6 +3,7 @@
 #include <cassert>
 #include <cmath>
 #include <cstddef>
+#include <limits>
 
 namespace mome {
 
@@ -24,8 +25,11 @@ void instance_norm(std::span<const double> statistics, std::int64_t voxels,
       squares += statistics[at + channels];
     }
     const double mean = sum / static_cast<double>(voxels);
-    const double variance = std::fmax(0.0, squares / static_cast<double>(voxels) - mean * mean);
-    const double factor = static_cast<double>(gamma[c]) / std::sqrt(variance + eps);
+    // Rounding may leave less than nothing; what is not finite must not become a number.
+    const double variance = squares / static_cast<double>(voxels) - mean * mean;
+    const double factor = std::isfinite(variance) ? static_cast<double>(gamma[c]) /
+                                                        std::sqrt(std::fmax(0.0, variance) + eps)
+                                                  : std::numeric_limits<double>::quiet_NaN();
     scale[c] = static_cast<float>(factor);
     shift[c] = static_cast<float>(static_cast<double>(beta[c]) - mean * factor);
   }

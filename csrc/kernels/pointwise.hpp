@@ -4,6 +4,7 @@
 
 #include "gemm.hpp"
 #include "kernels.hpp"
+#include "moments.hpp"
 #include "simd.hpp"
 
 // The convolutions of kernels.hpp that have no overlap to save: first convolution, transposed
@@ -122,29 +123,30 @@ struct StemTask {
     const auto [depth, height, width] = call.shape;
     const std::int64_t taps = 27 * call.image_channels;
     float* to = call.result + ((block * depth + d) * height + h) * width * kWidth;
-    V sum = {};
-    V squares = {};
+    const float* weights = call.weights + block * taps * kWidth;
+    V middle[1];
+    convolve<1>(rows + width / 2, width + 2, taps, weights, middle);
+    Moments<S> moments{middle[0]};
     std::int64_t w = 0;
     for (; w + kTogether <= width; w += kTogether) {
-      run_voxels<kTogether>(rows + w, width + 2, taps, call.weights + block * taps * kWidth,
-                            to + w * kWidth, sum, squares);
+      run_voxels<kTogether>(rows + w, width + 2, taps, weights, to + w * kWidth, moments);
     }
     for (; w < width; ++w) {
-      run_voxels<1>(rows + w, width + 2, taps, call.weights + block * taps * kWidth,
-                    to + w * kWidth, sum, squares);
+      run_voxels<1>(rows + w, width + 2, taps, weights, to + w * kWidth, moments);
     }
-    for (std::int64_t lane = 0; statistics != nullptr && lane < kWidth; ++lane) {
-      statistics[lane] += static_cast<double>(sum[lane]);
-      statistics[squares_after + lane] += static_cast<double>(squares[lane]);
+    if (statistics != nullptr) {
+      moments.add_to(width, statistics, statistics + squares_after);
     }
   }
 
   static constexpr std::int64_t kTogether = 8;
 
   template <std::int64_t Voxels>
-  static void run_voxels(const float* rows, std::int64_t row_stride, std::int64_t taps,
-                         const float* weights, float* to, V& sum, V& squares) {
-    V value[Voxels] = {};
+  static void convolve(const float* rows, std::int64_t row_stride, std::int64_t taps,
+                       const float* weights, V (&value)[Voxels]) {
+    for (V& each : value) {
+      each = V{};
+    }
     for (std::int64_t tap = 0; tap < taps; tap += 3) {
       const float* row = rows + tap / 3 * row_stride;
       for (std::int64_t k = 0; k < 3; ++k) {
@@ -154,11 +156,19 @@ struct StemTask {
         }
       }
     }
+  }
+
+  template <std::int64_t Voxels>
+  static void run_voxels(const float* rows, std::int64_t row_stride, std::int64_t taps,
+                         const float* weights, float* to, Moments<S>& moments) {
+    V value[Voxels];
+    convolve<Voxels>(rows, row_stride, taps, weights, value);
+    Moments<S> group = moments.empty();
     for (std::int64_t v = 0; v < Voxels; ++v) {
       store<S>(to + v * kWidth, value[v]);
-      sum += value[v];
-      squares += value[v] * value[v];
+      group.add(value[v]);
     }
+    moments.add(group);
   }
 };
 
