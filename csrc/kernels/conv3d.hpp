@@ -389,7 +389,12 @@ class ConvolutionTask {
       // From the middle, whose values, unlike those of a border, are good pivots.
       V middle[Depth::kOut][Plane::kOut];
       transform_back(from + width / 2 * kWidth, middle);
-      Moments<S> moments{middle[depth / 2][height / 2]};
+      V pivot = middle[depth / 2][height / 2];
+      if (call_.accumulate) {
+        pivot += load<S>(to + ((depth / 2 * call_.out[1] + height / 2) * call_.out[2] + width / 2) *
+                                  kWidth);
+      }
+      Moments<S> moments{pivot};
       std::int64_t w = 0;
       for (; w + kColumnsOfLine <= width; w += kColumnsOfLine) {
         if (streaming()) {
