@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <type_traits>
 
@@ -75,10 +76,11 @@ class ConvolutionTask {
     const Tiling tiling(call);
     const std::int64_t inputs = channels_of(call).blocks;
     const std::int64_t outputs = blocks_of(call.channels);
-    const std::int64_t tiles = tiling.rows * tiling.columns;
+    const std::int64_t rows = tiling.depth * tiling.rows;
+    const std::int64_t tiles = rows * tiling.columns;
     const std::int64_t in_width = kStride * Plane::kOut * (tiling.columns - 1) + Plane::kIn;
-    return kPlanes * (plane_size(inputs, tiling.rows, in_width) +
-                      plane_size(outputs, tiling.rows, Plane::kOut * tiling.columns)) +
+    return kPlanes * (plane_size(inputs, rows, in_width) +
+                      plane_size(outputs, rows, Plane::kOut * tiling.columns)) +
            Plane::kPoints * (inputs + outputs) * tiles * kWidth;
   }
 
@@ -102,22 +104,24 @@ class ConvolutionTask {
 
   static std::int64_t blocks_of(std::int64_t channels) { return pieces(channels, kWidth); }
 
-  // How the tiles of a result are shared out: `columns` along w, `rows` along h, one layer in d.
+  // How the tiles of a result are shared out: `columns` along w, `rows` along h, and, where a layer
+  // is small, several layers.
   // Many tiles reuse a weight more often, few fit the caches; the numbers are measured.
   struct Tiling {
     explicit Tiling(const Convolution& call) {
       const std::int64_t wanted = channels_of(call).blocks * kWidth + call.channels < 256 ? 16 : 32;
       tiles = {pieces(call.out[0], Depth::kOut), pieces(call.out[1], Plane::kOut),
                pieces(call.out[2], Plane::kOut)};
-      layers = tiles[0];
       chunks = pieces(tiles[2], wanted);
       columns = pieces(tiles[2], chunks);
       rows = smaller(tiles[1], larger(1, wanted / columns));
       groups = pieces(tiles[1], rows);
+      depth = smaller(tiles[0], larger(1, wanted / (columns * tiles[1])));
+      layers = pieces(tiles[0], depth);
     }
 
     Index3 tiles;
-    std::int64_t layers, columns, chunks, rows, groups;
+    std::int64_t columns, chunks, rows, groups, depth, layers;
   };
 
   // What a task computes. Tasks run through bands of `kBand` groups of rows, in a band through the
@@ -130,17 +134,23 @@ class ConvolutionTask {
       const std::int64_t band = task / (kBand * tiling.layers * group_tasks);
       const std::int64_t band_groups = smaller(kBand, tiling.groups - band * kBand);
       const std::int64_t rest = task - band * kBand * tiling.layers * group_tasks;
-      layer = rest / (band_groups * group_tasks);
+      layer = rest / (band_groups * group_tasks) * tiling.depth;
+      layers = smaller(tiling.depth, tiling.tiles[0] - layer);
       first_row = (band * kBand + rest / group_tasks % band_groups) * tiling.rows;
       first_column = rest % group_tasks * tiling.columns;
-      rows = smaller(tiling.rows, tiling.tiles[1] - first_row);
+      group_rows = smaller(tiling.rows, tiling.tiles[1] - first_row);
+      rows = layers * group_rows;
       columns = smaller(tiling.columns, tiling.tiles[2] - first_column);
     }
 
+    // Row r of the task is row_of(r) along h, in layer_of(r).
+    std::int64_t layer_of(std::int64_t r) const { return layer + r / group_rows; }
+    std::int64_t row_of(std::int64_t r) const { return first_row + r % group_rows; }
     std::int64_t in_width() const { return kStride * Plane::kOut * (columns - 1) + Plane::kIn; }
     std::int64_t out_width() const { return Plane::kOut * columns; }
 
-    std::int64_t layer, first_row, first_column, rows, columns;
+    std::int64_t layer, layers, first_row, group_rows, first_column, columns;
+    std::int64_t rows;  // of all layers
   };
 
   // Fetches the rows of a later task into the cache, a few lines at a time between the products of
@@ -172,10 +182,11 @@ class ConvolutionTask {
 
     bool next_segment() {
       while (segment_ < segments_) {
-        const std::int64_t h = kStride * Plane::kOut * place_.first_row - 1 + Plane::kIn - kNew +
-                               segment_ % (kNew * place_.rows);
+        const std::int64_t row = segment_ / kNew % place_.rows;
         const std::int64_t rest = segment_ / (kNew * place_.rows);
-        const std::int64_t d = kStride * Depth::kOut * place_.layer - 1 + rest % Depth::kIn;
+        const std::int64_t h =
+            kStride * Plane::kOut * place_.row_of(row) - 1 + Plane::kIn - kNew + segment_ % kNew;
+        const std::int64_t d = kStride * Depth::kOut * place_.layer_of(row) - 1 + rest % Depth::kIn;
         const std::int64_t block = rest / Depth::kIn;
         ++segment_;
         if (d < 0 || d >= call_.in[0] || h < 0 || h >= call_.in[1]) {
@@ -183,11 +194,11 @@ class ConvolutionTask {
         }
         const bool second = block >= channels_.first_blocks;
         const std::int64_t own = second ? block - channels_.first_blocks : block;
-        const float* row = call_.inputs[second ? 1 : 0].data +
-                           ((own * call_.in[0] + d) * call_.in[1] + h) * call_.in[2] * kWidth;
+        const float* line = call_.inputs[second ? 1 : 0].data +
+                            ((own * call_.in[0] + d) * call_.in[1] + h) * call_.in[2] * kWidth;
         const std::int64_t w0 = kStride * Plane::kOut * place_.first_column - 1;
-        at_ = row + larger(0, w0) * kWidth;
-        end_ = row + smaller(call_.in[2], w0 + place_.in_width()) * kWidth;
+        at_ = line + larger(0, w0) * kWidth;
+        end_ = line + smaller(call_.in[2], w0 + place_.in_width()) * kWidth;
         return true;
       }
       return false;
@@ -219,8 +230,8 @@ class ConvolutionTask {
     const std::int64_t own = second ? block - channels_.first_blocks : block;
     const auto [depth, height, width] = call_.in;
     const float* data = input.data + own * depth * height * width * kWidth;
-    const std::int64_t d0 = kStride * Depth::kOut * place_.layer - 1;
-    const std::int64_t h0 = kStride * Plane::kOut * (place_.first_row + row) - 1;
+    const std::int64_t d0 = kStride * Depth::kOut * place_.layer_of(row) - 1;
+    const std::int64_t h0 = kStride * Plane::kOut * place_.row_of(row) - 1;
     const std::int64_t w0 = kStride * Plane::kOut * place_.first_column - 1;
     const float* lines[Depth::kIn][Plane::kIn];  // null outside of the tensor
     bool inside = true;
@@ -366,19 +377,24 @@ class ConvolutionTask {
   void transform_output(std::int64_t block) {
     double sums[2][kWidth] = {};
     for (std::int64_t row = 0; row < place_.rows; ++row) {
-      const std::int64_t h0 = Plane::kOut * (place_.first_row + row);
+      const std::int64_t d0 = Depth::kOut * place_.layer_of(row);
+      const std::int64_t h0 = Plane::kOut * place_.row_of(row);
       const std::int64_t w0 = Plane::kOut * place_.first_column;
-      const std::int64_t depth = smaller(Depth::kOut, call_.out[0] - Depth::kOut * place_.layer);
+      const std::int64_t depth = smaller(Depth::kOut, call_.out[0] - d0);
       const std::int64_t height = smaller(Plane::kOut, call_.out[1] - h0);
       const std::int64_t width = smaller(place_.out_width(), call_.out[2] - w0);
       const float* from = product_ + (block * place_.rows + row) * place_.out_width() * kWidth;
       float* to = call_.result +
-                  (((block * call_.out[0] + Depth::kOut * place_.layer) * call_.out[1] + h0) *
-                       call_.out[2] +
-                   w0) *
-                      kWidth;
-      const std::int64_t middle = width / 2 * kWidth;
-      Moments<S> moments(typical(from + middle, depth, height, to + middle));
+                  (((block * call_.out[0] + d0) * call_.out[1] + h0) * call_.out[2] + w0) * kWidth;
+      // From the middle, whose values, unlike those of a border, are good pivots.
+      V middle[Depth::kOut][Plane::kOut];
+      transform_back(from + width / 2 * kWidth, middle);
+      V pivot = middle[depth / 2][height / 2];
+      if (call_.accumulate) {
+        pivot += load<S>(to + ((depth / 2 * call_.out[1] + height / 2) * call_.out[2] + width / 2) *
+                                  kWidth);
+      }
+      Moments<S> moments{pivot};
       std::int64_t w = 0;
       for (; w + kColumnsOfLine <= width; w += kColumnsOfLine) {
         if (streaming()) {
@@ -410,7 +426,7 @@ class ConvolutionTask {
     for (int c = 0; c < Columns; ++c) {
       transform_back(from + c * kWidth, y[c]);
     }
-    Moments<S> group = moments.empty();
+    Moments<S> line = moments.empty();
     for (int d = 0; d < depth; ++d) {
       for (int h = 0; h < height; ++h) {
         float* voxel = to + (d * call_.out[1] + h) * call_.out[2] * kWidth;
@@ -421,21 +437,11 @@ class ConvolutionTask {
           } else {
             store<S>(voxel + c * kWidth, value);
           }
-          group.add(value);
+          line.add(value);
         }
       }
     }
-    moments.add(group);
-  }
-
-  // A value of a voxel column that is no border's where there are others.
-  V typical(const float* from, std::int64_t depth, std::int64_t height, const float* to) {
-    V y[Depth::kOut][Plane::kOut];
-    transform_back(from, y);
-    const std::int64_t d = depth / 2;
-    const std::int64_t h = height / 2;
-    const float* voxel = to + (d * call_.out[1] + h) * call_.out[2] * kWidth;
-    return call_.accumulate ? y[d][h] + load<S>(voxel) : y[d][h];
+    moments.add(line);
   }
 
   void transform_back(const float* from, V (&y)[Depth::kOut][Plane::kOut]) {
@@ -465,44 +471,49 @@ class ConvolutionTask {
 };
 
 // Weights (G x G x G) w, float64 until the last rounding. A task packs one block of input channels
-// for one group of output blocks.
+// for one group of output blocks, whole cache lines at a time.
 template <typename S, typename Depth, typename Plane>
 class WeightPacking {
  public:
   static constexpr std::int64_t kWidth = S::kWidth;
   static constexpr std::int64_t kMatrices = ConvolutionTask<S, Depth, Plane>::kMatrices;
+  static constexpr std::int64_t kRowsOfKernel = Plane::kKernel.size();
 
   static std::int64_t size(const StoredWeights& weights) {
     return kMatrices * channels_of(weights).blocks * kWidth * output_blocks(weights) * kWidth;
   }
 
   static std::int64_t tasks(const StoredWeights& weights) {
-    return channels_of(weights).blocks * output_blocks(weights);
+    return channels_of(weights).blocks * groups(weights);
   }
 
   static void run(const StoredWeights& weights, std::int64_t task, float* packed) {
     const Channels channels = channels_of(weights);
     const std::int64_t outputs = output_blocks(weights);
-    const std::int64_t block = task / outputs;
-    const std::int64_t output_block = task % outputs;
+    const std::int64_t block = task / groups(weights);
+    const std::int64_t first_output = task % groups(weights) * S::kColumns;
     const bool second = block >= channels.first_blocks;
     const std::int64_t first =
         weights.first +
         (second ? weights.inputs[0] + (block - channels.first_blocks) * kWidth : block * kWidth);
     const std::int64_t padded = channels.blocks * kWidth;
-    const std::int64_t matrix = padded * outputs * kWidth;
-    for (std::int64_t k = 0; k < kWidth; ++k) {
-      Vector taps[3][3][3] = {};
-      if (k < channels.count(block, kWidth)) {
-        gather(weights, first + k, output_block * kWidth, taps);
+    Vector taps[kWidth][S::kColumns][3][3][3] = {};
+    for (std::int64_t k = 0; k < channels.count(block, kWidth); ++k) {
+      for (std::int64_t c = 0; c < S::kColumns; ++c) {
+        gather(weights, first + k, (first_output + c) * kWidth, taps[k][c]);
       }
-      float* to =
-          packed + packed_index<S>(block * kWidth + k, output_block * kWidth, padded, outputs);
-      transform(taps, to, matrix);
+    }
+    float* to = packed + packed_index<S>(block * kWidth, first_output * kWidth, padded, outputs);
+    const std::int64_t matrix = padded * outputs * kWidth;
+    if (first_output + S::kColumns <= outputs) {
+      transform<S::kColumns>(taps, to, matrix);
+    } else {
+      transform<1>(taps, to, matrix);
     }
   }
 
  private:
+  static_assert(S::kColumns == 2);
   // Twice the lanes' bytes: float64 costs little here, and keeps the rounding to one.
   using Vector = typename VectorOf<double, S::kWidth>::Type;
   using Single = typename S::Vector;
@@ -513,6 +524,10 @@ class WeightPacking {
 
   static std::int64_t output_blocks(const StoredWeights& weights) {
     return (weights.outputs + kWidth - 1) / kWidth;
+  }
+
+  static std::int64_t groups(const StoredWeights& weights) {
+    return (output_blocks(weights) + S::kColumns - 1) / S::kColumns;
   }
 
   static void gather(const StoredWeights& weights, std::int64_t channel, std::int64_t first_output,
@@ -526,26 +541,48 @@ class WeightPacking {
     }
   }
 
-  static void transform(const Vector (&taps)[3][3][3], float* to, std::int64_t matrix) {
+  // Matrix by matrix, all channels of the block in each: few streams of memory at a time.
+  template <int Columns>
+  static void transform(const Vector (&taps)[kWidth][S::kColumns][3][3][3], float* to,
+                        std::int64_t matrix) {
     for (const auto& along_d : Depth::kKernel) {
-      Vector plane[3][3];
-      for (int j = 0; j < 3; ++j) {
-        for (int k = 0; k < 3; ++k) {
-          plane[j][k] =
-              along_d[0] * taps[0][j][k] + along_d[1] * taps[1][j][k] + along_d[2] * taps[2][j][k];
-        }
+      Vector plane[kWidth][Columns][3][3];
+      for (int line = 0; line < kWidth * Columns * 9; ++line) {
+        const int k = line / (Columns * 9);
+        const int c = line / 9 % Columns;
+        const auto& tap = taps[k][c];
+        const int h = line / 3 % 3;
+        const int w = line % 3;
+        plane[k][c][h][w] =
+            along_d[0] * tap[0][h][w] + along_d[1] * tap[1][h][w] + along_d[2] * tap[2][h][w];
       }
       for (const auto& along_h : Plane::kKernel) {
-        Vector line[3];
-        for (int k = 0; k < 3; ++k) {
-          line[k] = along_h[0] * plane[0][k] + along_h[1] * plane[1][k] + along_h[2] * plane[2][k];
+        for (int k = 0; k < kWidth; ++k) {
+          transform_lines<Columns>(plane[k], along_h, to + k * Columns * kWidth, matrix);
         }
-        for (const auto& along_w : Plane::kKernel) {
-          const Vector value = along_w[0] * line[0] + along_w[1] * line[1] + along_w[2] * line[2];
-          *reinterpret_cast<Single*>(to) = __builtin_convertvector(value, Single);
-          to += matrix;
-        }
+        to += kRowsOfKernel * matrix;
       }
+    }
+  }
+
+  template <int Columns>
+  static void transform_lines(const Vector (&plane)[Columns][3][3],
+                              const std::array<double, 3>& along_h, float* to,
+                              std::int64_t matrix) {
+    Vector line[Columns][3];
+    for (int c = 0; c < Columns; ++c) {
+      for (int w = 0; w < 3; ++w) {
+        line[c][w] =
+            along_h[0] * plane[c][0][w] + along_h[1] * plane[c][1][w] + along_h[2] * plane[c][2][w];
+      }
+    }
+    for (const auto& along_w : Plane::kKernel) {
+      for (int c = 0; c < Columns; ++c) {
+        const Vector value =
+            along_w[0] * line[c][0] + along_w[1] * line[c][1] + along_w[2] * line[c][2];
+        store<S>(to + c * kWidth, __builtin_convertvector(value, Single));
+      }
+      to += matrix;
     }
   }
 };

@@ -96,6 +96,7 @@ class Run {
     }
     call.weights = packed;
     call.result = at<float>(map(step.output).storage);
+    call.workers = plan_.workers;
     call.statistics = statistics_of(step);
     run_tasks(step, step.kernel->tasks(call),
               [&](std::int64_t task, float* scratch) { step.kernel->run(call, task, scratch); });
