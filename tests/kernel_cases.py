@@ -83,7 +83,9 @@ def assert_close(result: Floats, expected: NDArray[np.float64]) -> None:
     """`result` has further channels for the padding, which are exactly zero."""
     channels = len(expected)
     assert not result[channels:].any()
-    error = (result[:channels] - expected) / expected.std()
+    # A few numbers may lie close together by chance: their size is taken instead.
+    deviation = expected.std() if expected.size >= 100 else np.sqrt(np.mean(expected**2))
+    error = (result[:channels] - expected) / deviation
     rms, largest = np.sqrt(np.mean(error**2)), np.abs(error).max()
     assert rms <= RMS, (rms, largest)
     assert largest <= MAX, (rms, largest)
