@@ -370,15 +370,25 @@ def _doctor(_: argparse.Namespace) -> int:
     for number, name in enumerate(_gpus()):
         print(f"cuda:{number:<7} {name} (for the engine torch)")
     for name in ENGINES:
-        try:
-            print(f"{name:<12} {version(name)}")
-        except PackageNotFoundError:
-            print(f'{name:<12} missing: pip install "mome-sdk[{name}]"')
+        print(f"{name:<12} {_engine_state(name)}")
     try:
         print(f"demo model   {ModelBundle.load('demo').sha256[:12]}, complete")
     except MomeError as error:
         print(f"demo model   {error}")
     return DONE
+
+
+def _engine_state(name: str) -> str:
+    """Version of the engine's library, or why it cannot run here."""
+    if name == "native":
+        try:
+            return f"{_core.native_kernels()} kernels"
+        except MomeError as error:
+            return str(error)
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return f'missing: pip install "mome-sdk[{name}]"'
 
 
 def _gpus() -> list[str]:
