@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,9 +45,10 @@ def main(argv: Sequence[str]) -> int:
 
         gpu.require_cuda()
     make_folder(options.output)
+    measure = _suite(options)
     state = _state(options, machine.state)
     before = state()
-    table = _run(options)
+    table = measure()
     found = report.result(
         table,
         command=["mome", "bench", *argv],
@@ -114,36 +116,35 @@ def _rounds(text: str) -> int:
     return rounds
 
 
-def _run(options: argparse.Namespace) -> Table:
-    """The suite with its options."""
+def _suite(options: argparse.Namespace) -> Callable[[], Table]:
+    """The suite with its options, ready to measure."""
     if options.suite == "kernels":
         from . import kernels
 
-        return kernels.run(threads=options.threads)
+        return partial(kernels.run, threads=options.threads)
+    only = _only(options) if options.suite in CONTENDERS else None
     bundle = _bundle(options)
     rounds = options.rounds or SUITES[options.suite][1][options.full_size]
-    common: dict[str, Any] = {"rounds": rounds}
     if options.suite == "gpu":
         from . import gpu
 
-        return gpu.run(bundle, **common)
-    common["threads"] = options.threads
+        return partial(gpu.run, bundle, rounds=rounds)
+    common: dict[str, Any] = {"rounds": rounds, "threads": options.threads}
     if options.suite == "window":
         from . import window
 
-        return window.run(bundle, **common, mirror=options.mirror)
-    common["only"] = _only(options)
+        return partial(window.run, bundle, mirror=options.mirror, **common)
     if options.suite == "end-to-end":
         from . import end_to_end
 
-        return end_to_end.run(bundle, **common, mirror=options.mirror)
+        return partial(end_to_end.run, bundle, mirror=options.mirror, only=only, **common)
     if options.suite == "cold-start":
         from . import cold_start
 
-        return cold_start.run(bundle, **common)
+        return partial(cold_start.run, bundle, only=only, **common)
     from . import engines
 
-    return engines.run(bundle, **common)
+    return partial(engines.run, bundle, only=only, **common)
 
 
 def _bundle(options: argparse.Namespace) -> ModelBundle:

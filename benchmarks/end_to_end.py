@@ -80,7 +80,7 @@ def run(
         parity = compare(workers[name].logits, expected[done], "PyTorch fp32, one window")
         row = Row(name, contender.precision, samples[name], parity, baseline=base)
         if done != mirror:
-            row = _derived(row)
+            row = derived(row)
         table.add(row, limit=_HALF_BLEND_LIMIT if published else None)
     return table
 
@@ -91,7 +91,7 @@ def _mirrors(group: Sequence[Contender], mirror: str) -> set[str]:
     return found | ({"none"} if _PUBLISHED in group else set())
 
 
-def _derived(row: Row) -> Row:
+def derived(row: Row) -> Row:
     """What mirroring would take: eight times the network, which is all that is mirrored."""
     samples = [{**sample, "network": 8 * sample["network"]} for sample in row.samples]
     return replace(row, name=f"{row.name}, derived: 8 x its unmirrored network", samples=samples)

@@ -93,6 +93,8 @@ def run(
         mirrors: "none", "all" or both; rows are compared with those of equal work only.
         modes: Modes of torch.compile.
 
+    `work_device_mb` is PyTorch's peak beyond what it held before the image: the weights, of which
+    every row has its own, are not in it. `first_s` is the first image, with compilation.
     16-bit rows are autocast: float16 on CUDA, as published, bfloat16 on the CPU. Every row is
     compared with its own windows and weights, computed in float32 without TensorFloat-32.
     """
@@ -108,8 +110,9 @@ def run(
         "autocast": bench.half,
     }
     table = Table("gpu", work)
+    forwards = _forwards(bench, modes)
     for mirror in mirrors:
-        _add_rows(table, bench, mirror, modes, rounds)
+        _add_rows(table, bench, mirror, forwards, rounds)
     return table
 
 
@@ -219,9 +222,12 @@ class _Bench:
 
 
 def _add_rows(
-    table: Table, bench: _Bench, mirror: Mirror, modes: Sequence[str], rounds: int
+    table: Table, bench: _Bench, mirror: Mirror, forwards: Mapping[str, Forward], rounds: int
 ) -> None:
     """Rows of one mirroring: PyTorch's variants, then MONAI around the fastest of them."""
+    axes = MIRRORS[mirror]
+    suffix = "" if mirror == "none" else ", mirrored"
+    networks = {f"{name}{suffix}": mirrored(forward, axes) for name, forward in forwards.items()}
     subjects: dict[str, _Timed] = {}
     candidates: dict[str, Candidate] = {}
 
@@ -235,51 +241,42 @@ def _add_rows(
         else:
             subjects[candidate.name], candidates[candidate.name] = timed, candidate
 
-    forwards = dict(_forwards(bench, mirror, modes))
-    for candidate in _window_by_window(bench, forwards, mirror):
-        enter(candidate)
+    exact = bench.window_by_window(mirrored(bench.fp32, axes), "exact", torch.float32)
+    enter(Candidate(f"fp32 reference{suffix}", "fp32", exact, bench.starts, "exact"))
+    for name, network in networks.items():
+        predict = bench.window_by_window(network, "authors", torch.float16)
+        enter(Candidate(name, bench.half, predict, bench.starts, "authors"))
     tried = [name for name in subjects if candidates[name].precision == bench.half]
     if tried:
         best = min(tried, key=lambda name: subjects[name].second_s)
-        for candidate in _with_monai(bench, forwards[best], best):
+        for candidate in _with_monai(bench, networks[best], best):
             enter(candidate)
     samples = interleave(subjects, rounds)
-    flips = 2 ** len(MIRRORS[mirror])
-    baseline = _named(PUBLISHED, mirror)
     for name, timed in subjects.items():
-        windows = flips * prod(map(len, candidates[name].starts))
+        windows = 2 ** len(axes) * prod(map(len, candidates[name].starts))
         seconds = float(np.median([sample["image"] for sample in samples[name]]))
         details: dict[str, Detail] = {
             "ms_per_window": 1e3 * seconds / windows,
             "tflop_per_s": 1e-3 * float(table.work["gflop"]) * windows / seconds,
             "first_s": timed.first_s,
-            "peak_device_mb": timed.peak_device_mb,
+            "work_device_mb": timed.work_device_mb,
         }
         parity = compare(timed.logits, bench.expected(candidates[name], mirror), _AGAINST)
-        row = Row(name, candidates[name].precision, samples[name], parity, baseline, details)
+        row = Row(
+            name, candidates[name].precision, samples[name], parity, f"{PUBLISHED}{suffix}", details
+        )
         table.add(row)
 
 
-def _forwards(bench: _Bench, mirror: Mirror, modes: Sequence[str]) -> Iterator[tuple[str, Forward]]:
-    """Ways to run the network in 16 bit; one more is one more line here."""
-    axes = MIRRORS[mirror]
+def _forwards(bench: _Bench, modes: Sequence[str]) -> dict[str, Forward]:
+    """Ways to run the network in 16 bit; another engine is another entry."""
+    found = {}
     for layout in LAYOUTS:
         for mode in (None, *modes):
-            what = f"{'eager' if mode is None else f'compiled ({mode})'}, {layout}"
-            if mode is None and layout == "contiguous":
-                what = PUBLISHED
-            yield _named(what, mirror), mirrored(bench.autocast(layout, mode), axes)
-
-
-def _window_by_window(
-    bench: _Bench, forwards: Mapping[str, Forward], mirror: Mirror
-) -> Iterator[Candidate]:
-    """The reference, and every way to run the network in the published predictor."""
-    exact = bench.window_by_window(mirrored(bench.fp32, MIRRORS[mirror]), "exact", torch.float32)
-    yield Candidate(_named("fp32 reference", mirror), "fp32", exact, bench.starts, "exact")
-    for name, forward in forwards.items():
-        predict = bench.window_by_window(forward, "authors", torch.float16)
-        yield Candidate(name, bench.half, predict, bench.starts, "authors")
+            what = "eager" if mode is None else f"compiled ({mode})"
+            published = mode is None and layout == "contiguous"
+            found[PUBLISHED if published else f"{what}, {layout}"] = bench.autocast(layout, mode)
+    return found
 
 
 def _with_monai(bench: _Bench, forward: Forward, of: str) -> Iterator[Candidate]:
@@ -289,10 +286,6 @@ def _with_monai(bench: _Bench, forward: Forward, of: str) -> Iterator[Candidate]
         yield Candidate(name, bench.half, bench.by_monai(forward, batch), starts, "exact")
 
 
-def _named(what: str, mirror: Mirror) -> str:
-    return what if mirror == "none" else f"{what}, mirrored"
-
-
 class _Timed:
     """A predictor on an image, run twice before it counts: seconds once all is done."""
 
@@ -300,11 +293,12 @@ class _Timed:
         self._predict = predict
         self._image = image
         self.first_s = self()["image"]
+        before = torch.cuda.memory_allocated(image.device) if image.is_cuda else 0
         if image.is_cuda:
             torch.cuda.reset_peak_memory_stats(image.device)
         self.second_s = self()["image"]
-        peak = torch.cuda.max_memory_allocated(image.device) if image.is_cuda else None
-        self.peak_device_mb = None if peak is None else peak / 1e6
+        peak = torch.cuda.max_memory_allocated(image.device) if image.is_cuda else 0
+        self.work_device_mb = (peak - before) / 1e6 if image.is_cuda else None
 
     def __call__(self) -> Sample:
         self._wait()
