@@ -84,7 +84,7 @@ def test_end_to_end(head_bundle: ModelBundle):
     assert set(ours["stages_s"]) == {"read", "prepare", "network", "restore", "write"}
     assert set(published["stages_s"]) == set(ours["stages_s"])
     assert found["work"]["windows"] == 2
-    assert published["parity"]["rms"] > ours["parity"]["rms"], "it adds up in half precision"
+    assert published["parity"]["rms"] < 1e-3, "it adds up in half precision, and no worse"
 
 
 def test_a_derived_row_takes_the_network_eight_times_and_says_so():
