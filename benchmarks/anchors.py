@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,13 +162,14 @@ def nnunet(network: nn.Module, patch: Index3, mirror: Sequence[int], classes: in
     """nnU-Net's own predictor: its windows and Gaussian, summed in float16."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    predictor = nnUNetPredictor(
-        tile_step_size=0.5,
-        use_mirroring=bool(mirror),
-        perform_everything_on_device=False,
-        device=torch.device("cpu"),
-        allow_tqdm=False,
-    )
+    with redirect_stdout(sys.stderr):  # it prints; standard output is for the table
+        predictor = nnUNetPredictor(
+            tile_step_size=0.5,
+            use_mirroring=bool(mirror),
+            perform_everything_on_device=False,
+            device=torch.device("cpu"),
+            allow_tqdm=False,
+        )
     # All that prediction from an array asks of plans and data set.
     predictor.network = network
     predictor.allowed_mirroring_axes = tuple(mirror)

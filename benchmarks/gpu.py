@@ -25,6 +25,7 @@ from mome_sdk.bundle import Blend, ModelBundle
 from mome_sdk.errors import EngineError
 from mome_sdk.segmenter import MIRRORS, Mirror
 from mome_sdk.sliding_window import SlidingWindow
+from mome_sdk.volume import Index3
 
 from .anchors import (
     Forward,
@@ -83,6 +84,7 @@ def run(
     rounds: int,
     mirrors: Sequence[Mirror] = ("none", "all"),
     modes: Sequence[str] = COMPILE_MODES,
+    shape: Index3 | None = None,
 ) -> Table:
     """Seconds for the bundled example, from a tensor on the device to logits on the device.
 
@@ -92,6 +94,7 @@ def run(
         rounds: Measurements of each row.
         mirrors: "none", "all" or both; rows are compared with those of equal work only.
         modes: Modes of torch.compile.
+        shape: Of the image (D, H, W), cut from the example; None for the whole model grid.
 
     `work_device_mb` is PyTorch's peak beyond what it held before the image: the weights, of which
     every row has its own, are not in it. `first_s` is the first image, with compilation.
@@ -99,7 +102,8 @@ def run(
     compared with its own windows and weights, computed in float32 without TensorFloat-32.
     """
     torch.backends.cudnn.benchmark = True  # as the published predictor has it
-    bench = _Bench(bundle, torch.device(device))
+    whole = bundle.grid.reorient(bundle.axes).shape
+    bench = _Bench(bundle, torch.device(device), shape or whole)
     work = {
         "model": bundle.name,
         "patch": list(bundle.patch),
@@ -157,13 +161,13 @@ def _best_s(work: Callable[[], object]) -> float:
 class _Bench:
     """Image, network and reference on one device."""
 
-    def __init__(self, bundle: ModelBundle, device: torch.device) -> None:
+    def __init__(self, bundle: ModelBundle, device: torch.device, shape: Index3) -> None:
         self.patch = bundle.patch
         self.device = device
         self.half = "fp16" if device.type == "cuda" else "bf16"
-        self.shape = bundle.grid.reorient(bundle.axes).shape
-        self.image = torch.from_numpy(example_image(bundle, self.shape)).to(device)
-        self.starts = SlidingWindow(bundle.patch).starts(self.shape)
+        self.shape = shape
+        self.image = torch.from_numpy(example_image(bundle, shape)).to(device)
+        self.starts = SlidingWindow(bundle.patch).starts(shape)
         self.network = FusedLogits(bundle).to(device)
         # Reference windows are computed once, however many rows are compared with them.
         self._logits_at = {

@@ -33,8 +33,9 @@ from .measure import Missing, Row, Sample, Table, compare, interleave, say
 from .models import example_image
 
 OURS = "mome_sdk"
-# nnU-Net adds up in half precision, of which its parity figure speaks; its network is float32.
-HALF_BLEND_LIMIT = 1e-2
+# nnU-Net weighs and adds up in half precision, where the small weights near the edges of a window
+# keep few bits: of this its parity figure speaks, its network is float32.
+HALF_BLEND_LIMIT = 0.1
 
 Array = NDArray[np.float32]
 Run = Callable[[], Array]
