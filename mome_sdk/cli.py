@@ -25,7 +25,7 @@ from mome_sdk.engines import ENGINES
 from mome_sdk.errors import EngineError, InputError, MomeError
 from mome_sdk.files import check_writable, make_folder, write_file
 from mome_sdk.nifti import NOTICE, read_nifti
-from mome_sdk.options import COMMON, TRAINING, parser
+from mome_sdk.options import BENCH, COMMON, TRAINING, parser
 from mome_sdk.report import headline, lesion_table, picture, report
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
@@ -79,6 +79,11 @@ def _dispatch(arguments: list[str]) -> int:
         with _needs_extra("train"):
             from mome_sdk.training.__main__ import main as training_main
         return training_main(words)
+    if words and words[0] in BENCH:
+        with _needs_extra("bench"):
+            from mome_sdk.benchmarks.__main__ import main as bench_main
+
+            return bench_main(words[1:])
     options = parser().parse_args(arguments)
     if options.command is None:
         parser().print_help(sys.stderr)
