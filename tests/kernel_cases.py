@@ -52,9 +52,13 @@ class Scheme(NamedTuple):
 SETS = list(_core.kernel_sets())
 SCHEMES = [Scheme(name, *each) for name in SETS for each in _core.kernel_sets()[name].items()]
 each_set = pytest.mark.parametrize("kernels", SETS)
-each_scheme = pytest.mark.parametrize(
-    "scheme", SCHEMES, ids=lambda scheme: f"{scheme.kernels}-{scheme.name}"
-)
+
+
+def name_of(scheme: Scheme) -> str:
+    return f"{scheme.kernels}-{scheme.name}"
+
+
+each_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=name_of)
 
 
 def random_input(
@@ -79,7 +83,9 @@ def assert_close(result: Floats, expected: NDArray[np.float64]) -> None:
     """`result` has further channels for the padding, which are exactly zero."""
     channels = len(expected)
     assert not result[channels:].any()
-    error = (result[:channels] - expected) / expected.std()
+    # A few numbers may lie close together by chance: their size is taken instead.
+    deviation = expected.std() if expected.size >= 100 else np.sqrt(np.mean(expected**2))
+    error = (result[:channels] - expected) / deviation
     rms, largest = np.sqrt(np.mean(error**2)), np.abs(error).max()
     assert rms <= RMS, (rms, largest)
     assert largest <= MAX, (rms, largest)

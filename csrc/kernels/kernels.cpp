@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -22,10 +24,16 @@ std::vector<const Kernels*> find_available() {
   std::vector<const Kernels*> found{&reference_kernels()};
 #if defined(__x86_64__)
   const auto features = cpu_features();
-  if (has(features, {"avx2", "fma"})) {
+  const bool avx2 = has(features, {"avx2", "fma"});
+  if (avx2) {
     found.push_back(&avx2_kernels());
   }
-  if (has(features, {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq"})) {
+#if defined(MOME_EMULATE_AVX512)
+  const bool avx512 = avx2;
+#else
+  const bool avx512 = avx2 && has(features, {"avx512f", "avx512bw", "avx512vl", "avx512dq"});
+#endif
+  if (avx512) {
     found.push_back(&avx512_kernels());
   }
 #endif

@@ -110,10 +110,13 @@ class BlockedInput {
 template <typename Run, typename Keep>
 std::vector<double> run_tasks(std::int64_t tasks, std::int64_t scratch_size,
                               const PlainOptions& options, const Run& run, const Keep& keep) {
-  const Buffer<float> scratch = filled(scratch_size * workers(options.threads), kUnset);
+  std::vector<Buffer<float>> scratch;  // apart from each other, for AddressSanitizer
+  for (int worker = 0; worker < workers(options.threads); ++worker) {
+    scratch.push_back(filled(scratch_size, kUnset));
+  }
   const auto run_once = [&] {
     parallel_tasks(tasks, options.threads, [&](std::int64_t task, int worker) {
-      run(task, scratch.data() + worker * scratch_size);
+      run(task, scratch[static_cast<std::size_t>(worker)].data());
     });
   };
   run_once();
@@ -241,6 +244,7 @@ PlainRun plain_convolution(const Kernels& kernels, const ConvolutionKernel& kern
   const Buffer<double> statistics = filled(run.tasks * 2 * channels, double{kUnset});
   blocked.weights = packed.data();
   blocked.result = result.data();
+  blocked.workers = workers(options.threads);
   blocked.accumulate = call.initial.has_value();
   blocked.statistics = statistics.data();
   run.seconds = run_tasks(
