@@ -199,7 +199,6 @@ def instance_norm(
 ) -> tuple[_Float, _Float]:
     """Scale and shift (padded channels) that normalise what has these statistics."""
 
-
 class StepTime(TypedDict):
     """One step of the native engine.
 
@@ -247,9 +246,7 @@ class NativeEngine:
     def bytes(self, window: Sequence[int]) -> int:
         """Working memory of one run on windows of this size (D, H, W), the weights' file apart."""
 
-    def run(
-        self, windows: _Float, logits: _Float, shares: _Float | None = None
-    ) -> None:
+    def run(self, windows: _Float, logits: _Float, shares: _Float | None = None) -> None:
         """Fill logits (B, N, D, H, W) and shares (B, E, D, H, W) of windows (B, C, D, H, W)."""
 
     def profile(self, windows: _Float, logits: _Float) -> list[StepTime]:

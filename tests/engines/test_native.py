@@ -1,4 +1,4 @@
-"""The native engine: float64 parity, the same bits for all threads, memory, interruption, bad files."""
+"""The native engine: float64 parity, the same bits for all threads, memory, bad files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ FULL_SIZE = Architecture(
 Floats = NDArray[np.float32]
 
 
-def random_bundle(path: Path, architecture: Architecture, patch: tuple[int, int, int]) -> ModelBundle:
+def random_bundle(
+    path: Path, architecture: Architecture, patch: tuple[int, int, int]
+) -> ModelBundle:
     return create_bundle(
         path,
         architecture,
@@ -48,7 +50,7 @@ def random_bundle(path: Path, architecture: Architecture, patch: tuple[int, int,
 
 
 def errors_against_float64(bundle: ModelBundle, image: Floats) -> tuple[float, float]:
-    """Of the logits: rms over their deviation; share of other classes where the margin is > 1e-3."""
+    """Of the logits: rms over their deviation; share of other classes where margins are > 1e-3."""
     network = MoME(bundle.architecture).double().eval()
     network.load_state_dict({n: torch.tensor(t).double() for n, t in bundle.tensors.items()})
     with torch.inference_mode():
@@ -85,7 +87,7 @@ def test_full_size_computes_the_network(tmp_path):
 
 
 def run_in_process(bundle: ModelBundle, program: str, **environment: str) -> str:
-    """Standard output of a program that finds `engine` (one per number of `threads`) and `image`."""
+    """Standard output of a program that finds `logits(threads)` of a fixed image."""
     start = f"""
 import hashlib
 import numpy as np
@@ -250,7 +252,9 @@ def test_missing_and_misshapen_tensors_are_refused(tmp_path):
         tensors | {name: tensors[name][:, :3]},
         tensors | {name: tensors[name].astype(np.float64)},
     ):
-        save_file({n: np.ascontiguousarray(t) for n, t in changed.items()}, path, {"architecture": GOOD})
+        save_file(
+            {n: np.ascontiguousarray(t) for n, t in changed.items()}, path, {"architecture": GOOD}
+        )
         with pytest.raises(BundleError, match=name) as caught:
             _core.NativeEngine(path)
         assert isinstance(caught.value, MomeError)
