@@ -59,7 +59,7 @@ class PublishedScan:
         self._folder = Path(job["folder"])
 
     def logits(self) -> NDArray[np.float32]:
-        return self._predicted(np.load(self._folder / "window.npy"))
+        return self._predicted(torch.from_numpy(np.load(self._folder / "window.npy")))
 
     def __call__(self) -> Sample:
         clock = [time.perf_counter()]
@@ -67,7 +67,7 @@ class PublishedScan:
         clock.append(time.perf_counter())
         prepared = prepare(image, self._bundle, "mni")
         clock.append(time.perf_counter())
-        logits = self._predicted(np.ascontiguousarray(prepared.volume.array)[np.newaxis])
+        logits = self._predicted(torch.tensor(prepared.volume.array)[None])
         clock.append(time.perf_counter())
         mask, _ = restore(_core.softmax(logits), prepared)
         clock.append(time.perf_counter())
@@ -77,11 +77,11 @@ class PublishedScan:
         return {stage: clock[i + 1] - clock[i] for i, stage in enumerate(stages)}
 
     @torch.inference_mode()
-    def _predicted(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _predicted(self, image: Tensor) -> NDArray[np.float32]:
         patch, (d, h, w) = self._bundle.patch, image.shape[1:]
         starts = _core.window_starts((d, h, w), patch, 0.5)
         weights = window_weights(patch, "authors", torch.float16)
-        logits_at = at_corners(self._network, torch.from_numpy(image), patch)
+        logits_at = at_corners(self._network, image, patch)
         found: NDArray[np.float32] = blended(logits_at, (d, h, w), starts, weights).float().numpy()
         return found
 
