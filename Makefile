@@ -17,11 +17,12 @@ test: $(VENV)/test
 slow: $(VENV)/test
 	$(PYTEST) -m "slow and not gpu"
 
-# Timings, each beside its parity figure; the table is printed last.
+# What can be measured without a GPU, with the demonstration model; tables, JSON and charts in build/bench.
 bench: $(VENV)/bench
 	mkdir -p build
-	$(PYTEST) benchmarks --benchmark-json=build/benchmarks.json
-	$(BIN)/python -m mome_sdk.benchmarks.report build/benchmarks.json
+	for suite in engines kernels window end-to-end cold-start; do \
+	  $(BIN)/mome bench $$suite -o build/bench || exit; \
+	done
 
 # mypy knows nothing of the folder map in setup.py: it reads links laid out as the package will be.
 lint: $(VENV)/test

@@ -1,1 +1,1 @@
-"""Side-by-side measurements; every row carries its parity figure."""
+"""Side-by-side measurements: interleaved in one run, every row with its parity figure."""

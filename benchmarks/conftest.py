@@ -1,45 +1,19 @@
-"""Every result carries the machine it was measured on; a row without its parity figure is void."""
+"""A row without its parity figure is void; the machine's name is nobody's business."""
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-LIBRARIES = ("mome-sdk", "numpy", "torch", "onnxruntime", "openvino")
+from mome_sdk.benchmarks import machine
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
-    """Replace what pytest-benchmark records: its host name is nobody's business, libraries are."""
+    """Replace what pytest-benchmark records."""
     machine_info.clear()
-    machine_info.update(
-        cpu=cpu_model(),
-        cores=len(os.sched_getaffinity(0)),
-        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
-        system=f"{platform.system()} {platform.release()}",
-        python=platform.python_version(),
-        libraries={name: found for name in LIBRARIES if (found := installed(name))},
-    )
-
-
-def cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def installed(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
+    machine_info.update(machine.record())
 
 
 @pytest.fixture(autouse=True)

@@ -198,3 +198,56 @@ def instance_norm(
     statistics: NDArray[np.float64], voxels: int, gamma: _Float, beta: _Float, eps: float
 ) -> tuple[_Float, _Float]:
     """Scale and shift (padded channels) that normalise what has these statistics."""
+
+class StepTime(TypedDict):
+    """One step of the native engine.
+
+    name: Of its weights. seconds: In all, of which `packing` for the weights. gflop: As a direct
+    convolution counts them, 2 per product; executed: as the kernel does.
+    """
+
+    name: str
+    kernel: str
+    seconds: float
+    packing: float
+    gflop: float
+    executed: float
+
+def native_kernels() -> str:
+    """The kernels that the native engine takes on this processor, or that MOME_CPU names.
+
+    Raises:
+        EngineError: `engine.cpu`, MOME_CPU names others than there are; `engine.missing`, there
+            are none but the reference.
+    """
+
+class NativeEngine:
+    """MoME on our own kernels; see `mome_sdk.engines.native`.
+
+    Raises:
+        BundleError: `bundle.unreadable`, `bundle.safetensors`, `bundle.architecture`,
+            `bundle.tensors`.
+        EngineError: `engine.cpu`, `engine.missing`; from a run `engine.buffers`,
+            `engine.out-of-memory`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        offset: int = 0,
+        size: int | None = None,
+        threads: int | None = None,
+    ) -> None: ...
+    @property
+    def cpu(self) -> str:
+        """The kernels in use: "avx512", "avx2" or "reference"."""
+
+    def bytes(self, window: Sequence[int]) -> int:
+        """Working memory of one run on windows of this size (D, H, W), the weights' file apart."""
+
+    def run(self, windows: _Float, logits: _Float, shares: _Float | None = None) -> None:
+        """Fill logits (B, N, D, H, W) and shares (B, E, D, H, W) of windows (B, C, D, H, W)."""
+
+    def profile(self, windows: _Float, logits: _Float) -> list[StepTime]:
+        """The same for one window; says what each step took."""

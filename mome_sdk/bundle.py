@@ -157,6 +157,11 @@ class ModelBundle:
         """1 in the brain of the template, else 0; uint8, the template's grid."""
         return self._image(BRAIN_MASK)
 
+    @property
+    def weights(self) -> Member:
+        """Where the bytes of the weights lie: a file, or a part of a zip."""
+        return self._members[WEIGHTS]
+
     @contextlib.contextmanager
     def files(self, *names: str) -> Iterator[Path]:
         """A folder that holds these members as files until the block ends.

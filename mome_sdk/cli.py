@@ -25,7 +25,7 @@ from mome_sdk.engines import ENGINES
 from mome_sdk.errors import EngineError, InputError, MomeError
 from mome_sdk.files import check_writable, make_folder, write_file
 from mome_sdk.nifti import NOTICE, read_nifti
-from mome_sdk.options import COMMON, TRAINING, parser
+from mome_sdk.options import BENCH, COMMON, TRAINING, parser
 from mome_sdk.report import headline, lesion_table, picture, report
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
@@ -79,6 +79,11 @@ def _dispatch(arguments: list[str]) -> int:
         with _needs_extra("train"):
             from mome_sdk.training.__main__ import main as training_main
         return training_main(words)
+    if words and words[0] in BENCH:
+        with _needs_extra("bench"):
+            from mome_sdk.benchmarks.__main__ import main as bench_main
+
+            return bench_main(words[1:])
     options = parser().parse_args(arguments)
     if options.command is None:
         parser().print_help(sys.stderr)
@@ -370,15 +375,25 @@ def _doctor(_: argparse.Namespace) -> int:
     for number, name in enumerate(_gpus()):
         print(f"cuda:{number:<7} {name} (for the engine torch)")
     for name in ENGINES:
-        try:
-            print(f"{name:<12} {version(name)}")
-        except PackageNotFoundError:
-            print(f'{name:<12} missing: pip install "mome-sdk[{name}]"')
+        print(f"{name:<12} {_engine_state(name)}")
     try:
         print(f"demo model   {ModelBundle.load('demo').sha256[:12]}, complete")
     except MomeError as error:
         print(f"demo model   {error}")
     return DONE
+
+
+def _engine_state(name: str) -> str:
+    """Version of the engine's library, or why it cannot run here."""
+    if name == "native":
+        try:
+            return f"{_core.native_kernels()} kernels"
+        except MomeError as error:
+            return str(error)
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return f'missing: pip install "mome-sdk[{name}]"'
 
 
 def _gpus() -> list[str]:

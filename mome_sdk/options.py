@@ -19,6 +19,8 @@ TRAINING = {
     "evaluate": "measure a bundle on held-out synthetic cases and real scans",
     "synth": "write synthetic cases with their lesions",
 }
+# Likewise of the benchmarks.
+BENCH = {"bench": "measure this machine: engines, kernels, sliding windows, end to end, GPU"}
 COMMON = ("-v", "--verbose", "--debug")
 
 
@@ -32,7 +34,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of everything but the commands of TRAINING, which it only lists."""
+    """The parser of everything but the commands of TRAINING and BENCH, which it only lists."""
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
     common.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -82,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     inspect = add("inspect", "say what a bundle is: shapes, provenance, sha256")
     inspect.add_argument("path", metavar="PATH", help="bundle folder or .zip, or demo")
     add("doctor", "say what this machine offers, what is missing and how to add it")
-    for name, summary in TRAINING.items():
+    for name, summary in {**TRAINING, **BENCH}.items():
         commands.add_parser(name, help=summary)
     return whole
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import mome_sdk
+from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.cli import main
 from mome_sdk.nifti import NOTICE, write_nifti
@@ -286,9 +287,10 @@ def test_inspect_says_what_a_bundle_is(
 def test_doctor_names_engines_and_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mome_sdk.cli.ENGINES", {"onnxruntime": None, "abacus": None})
+    monkeypatch.setattr("mome_sdk.cli.ENGINES", dict.fromkeys(["native", "onnxruntime", "abacus"]))
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
+    assert f"native       {_core.native_kernels()} kernels" in said
     assert f"onnxruntime  {version('onnxruntime')}" in said
     assert 'missing: pip install "mome-sdk[abacus]"' in said
     assert "threads" in said
@@ -304,7 +306,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for option in ("--space", "--mirror", "--blend", "--probability", "--report", "--json"):
         assert option in said
-    for absent in ("native", "tensorrt", "fp16"):
+    for absent in ("native,mni", "tensorrt", "fp16"):
         assert absent not in said
 
 

@@ -144,7 +144,7 @@ def test_sliding_window_is_the_authors(image, engine):
 @pytest.mark.parametrize("image", ["sw", "pad"])
 def test_mirrored_sliding_window_is_the_authors(image, bundle):
     golden = load_file(GOLDEN / "a" / "inference.safetensors")
-    engine = open_engine(bundle, "onnxruntime", threads=1)
+    engine = open_engine(bundle, "native", threads=1)
     for blend in ("authors", "exact"):
         windows = SlidingWindow(PATCH, mirror=(0, 1, 2), blend=blend, threads=1)
         logits = windows.run(engine, golden[f"{image}_image"])
@@ -184,7 +184,7 @@ def test_imported_checkpoint_segments_like_the_authors_predictor(engine_name, va
 def test_imported_checkpoint_mirrors_like_the_authors_predictor(variant, logits_of):
     golden = load_file(GOLDEN / "checkpoint" / "expected.safetensors")
     blend, atol = VARIANTS[variant]
-    near(logits_of("onnxruntime", "mirror8", blend), golden[f"logits_mirror8_{variant}"], atol)
+    near(logits_of("native", "mirror8", blend), golden[f"logits_mirror8_{variant}"], atol)
 
 
 @pytest.mark.parametrize("engine_name", [name for name in ENGINES if name != "torch"])
@@ -195,7 +195,7 @@ def test_engines_agree_within_a_ten_thousandth_of_the_logits_range(engine_name, 
 
 @pytest.mark.parametrize("mirror", ["no_mirror", pytest.param("mirror8", marks=pytest.mark.slow)])
 def test_labels_are_the_authors_where_the_classes_are_apart(mirror, logits_of):
-    logits = logits_of("onnxruntime", mirror, "authors")
+    logits = logits_of("native", mirror, "authors")
     labels = read_nifti(GOLDEN / "checkpoint" / f"seg_{mirror}.nii.gz").array.T  # (z, y, x)
     apart = np.abs(logits[1] - logits[0]) > MARGIN
     assert apart.mean() > 0.75

@@ -148,6 +148,8 @@ def test_the_core_includes_nothing_but_the_standard_library_and_pybind11() -> No
     assert {name for name, _ in libraries} <= {
         "bindings_arrays.hpp",
         "bindings_kernels.cpp",
+        "bindings_native.cpp",
+        "bindings_native.hpp",
         "bindings_kernels.hpp",
         "bindings.cpp",
         "python_engine.cpp",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import mome_sdk
+from mome_sdk.benchmarks.__main__ import command_line as benchmark_line
 from mome_sdk.cli import main
 from mome_sdk.training.__main__ import command_line
 
@@ -48,6 +49,8 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
         ("mome", "import"),
         ("mome", "train"),
         ("mome", "evaluate"),
+        ("make", "bench"),  # as many of the suites as tests/benchmarks drives
+        ("mome", "bench"),
     }
 
 
@@ -74,6 +77,12 @@ def test_training_commands_are_understood(words: list[str]) -> None:
     assert callable(options.run)
     if words[1] == "train":
         assert (ROOT / options.config).is_file()
+
+
+@pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "bench"]], ids=" ".join)
+def test_bench_commands_are_understood(words: list[str]) -> None:
+    """What they do is tested in tests/benchmarks, on a tiny network."""
+    assert benchmark_line().parse_args(words[2:]).suite == words[2]
 
 
 @pytest.mark.parametrize("words", [w for w in SHELL if "fold_MoME" in w], ids=" ".join)

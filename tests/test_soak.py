@@ -18,7 +18,7 @@ def volume(seed: int) -> Volume:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("engine", ["native", "onnxruntime", "openvino"])
 def test_a_thousand_predictions_take_no_more_memory(engine: str, tiny_bundle: ModelBundle) -> None:
     process = psutil.Process()
     with Segmenter(tiny_bundle, engine, space="model", threads=1) as segmenter:

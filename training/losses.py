@@ -80,6 +80,7 @@ def curriculum_loss(
     *,
     progress: float,
     smooth: float = 1e-5,
+    processes: int = 1,
 ) -> Tensor:
     """f x (sum over samples of its own expert's loss) + (1 - f) x (loss of the fused output).
 
@@ -90,6 +91,8 @@ def curriculum_loss(
         weights: One per level, full resolution first.
         progress: epoch / total epochs, 0 to 1.
         smooth: See `dice_ce`.
+        processes: That share the batch and average their gradients: the mean of their sums, times
+            their number, is the sum over the whole batch.
 
     The specialisation term is a sum over the batch and the fused term a mean, as in the published
     code; equation 2 of the paper is written for one image.
@@ -106,4 +109,4 @@ def curriculum_loss(
         )
         for b, expert in enumerate(modality)
     ]
-    return share * torch.stack(own).sum() + (1.0 - share) * fused
+    return share * processes * torch.stack(own).sum() + (1.0 - share) * fused

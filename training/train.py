@@ -2,7 +2,8 @@
 
 A run folder holds `experts/<modality>.safetensors`, then `joint/checkpoint.safetensors` and
 `run.json`; `mome import RUN -o BUNDLE` makes a bundle of it. Patches are drawn from seeds (run,
-stage, step), so a resumed run sees the patches that an uninterrupted one would have seen.
+stage, step), so a resumed run sees the patches that an uninterrupted one would have seen. Under
+torchrun the processes share every batch and step with the mean of their gradients.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mome_sdk.errors import BundleError
+from mome_sdk.errors import BundleError, InputError
 from mome_sdk.files import write_file
 from mome_sdk.network import MoME, UNet
 
@@ -35,7 +38,7 @@ from .synth import synthesise
 CLIP_NORM = 12.0  # nnU-Net 2.2; the joint stage clips the gate only (published trainer)
 POLY_POWER = 0.9
 REPEAT_AFTER = 8  # every patch is used twice, the second time mirrored, this many steps later
-SAVE_EVERY = 100
+SAVE_EVERY = 50
 
 
 class Patch(NamedTuple):
@@ -65,13 +68,14 @@ def patch_source(
 ) -> PatchSource:
     """(step, number in the batch) -> patch, a function of the seeds alone.
 
-    Each patch comes twice, the second time mirrored. `stream` tells the stages' seeds apart.
+    The modalities take turns. Each patch comes twice, the second time mirrored. `stream` tells the
+    stages' seeds apart.
     """
 
     @lru_cache(maxsize=(REPEAT_AFTER + 1) * stage.batch)
     def draw(step: int, number: int) -> Patch:
         rng = np.random.default_rng([config.seed, stream, step, number])
-        modality = int(rng.choice(modalities))
+        modality = modalities[(step * stage.batch + number) % len(modalities)]
         anatomy = anatomies[int(rng.integers(len(anatomies)))]
         small = step < stage.small_steps
         shape = stage.small_patch if small else config.patch
@@ -101,8 +105,11 @@ def _box(anatomy: Anatomy, shape: Index3, rng: np.random.Generator, *, in_head: 
 
 
 def batch_of(source: PatchSource, step: int, batch: int) -> tuple[Tensor, ...]:
-    """Images (B, 1, D, H, W), lesions, tissues (B, D, H, W), modalities (B,) of one step."""
-    patches = [source(step, number) for number in range(batch)]
+    """Images (B, 1, D, H, W), lesions, tissues (B, D, H, W), modalities (B,) of one step.
+
+    B is `batch`, or this process's share of it.
+    """
+    patches = [source(step, number) for number in range(_rank(), batch, _processes())]
     images = torch.stack([p.image for p in patches]).contiguous(
         memory_format=torch.channels_last_3d
     )
@@ -206,11 +213,13 @@ def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) ->
             weights,
             progress=progress,
             smooth=config.loss.dice_smooth,
+            processes=_processes(),
         )
 
     _optimise(model, model.gate, groups, stage, loss_of, run / "joint" / "train")
+    if _rank() == 0:
+        _write_record(config, run)
     _save_tensors(model, finished)
-    _write_record(config, run)
 
 
 def _start_as_average(model: MoME) -> None:
@@ -242,15 +251,41 @@ def _optimise(
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(step)
         loss.backward()
+        losses.append(_average(model, loss.detach()))
         nn.utils.clip_grad_norm_(clipped.parameters(), CLIP_NORM)
         optimizer.step()
-        losses.append(float(loss.detach()))
         if len(losses) == SAVE_EVERY or step + 1 == stage.steps:
-            seconds = (time.monotonic() - started) / len(losses)
-            _log(where, step + 1, float(np.mean(losses)), seconds)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            _save_state(where.with_suffix(".state.pt"), {**state, "step": step + 1})
+            if _rank() == 0:
+                seconds = (time.monotonic() - started) / len(losses)
+                _log(where, step + 1, float(np.mean(losses)), seconds)
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                _save_state(where.with_suffix(".state.pt"), {**state, "step": step + 1})
             started, losses = time.monotonic(), []
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _average(model: nn.Module, loss: Tensor) -> float:
+    """The mean loss of all processes; the mean of their gradients takes the place of each one's.
+
+    Every process has gradients for the same parameters: which ones, depends on the step alone.
+    """
+    if _processes() == 1:
+        return float(loss)
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    flat /= _processes()
+    parts = flat[1:].split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view(gradient.shape))
+    return float(flat[0])
 
 
 def _optimizer(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
@@ -277,8 +312,11 @@ def _save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _save_tensors(model: nn.Module, path: Path) -> None:
-    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-    write_file(path, save(tensors))
+    if _rank() == 0:
+        tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
+        write_file(path, save(tensors))
+    if dist.is_initialized():
+        dist.barrier()  # the next stage of every process reads the file
 
 
 def _load_expert(run: Path, modality: str) -> dict[str, Tensor]:
@@ -333,12 +371,37 @@ def train(
         stage: Which part.
         experts: The modalities that the experts stage trains, in this order; two processes may
             share a run folder if they train different experts.
+
+    Raises:
+        BundleError: `bundle.missing`, an expert that is needed is not finished.
+        InputError: `argument.config`, the processes of torchrun cannot share a batch evenly.
     """
     for folder in ("experts", "joint"):
         (run / folder).mkdir(parents=True, exist_ok=True)
     anatomies = load_anatomies(config, labelmaps)
-    if stage in ("experts", "all"):
-        for modality in experts:
-            train_expert(config, modality, anatomies, run)
-    if stage in ("joint", "all"):
-        train_joint(config, anatomies, run)
+    with _process_group(config):
+        if stage in ("experts", "all"):
+            for modality in experts:
+                train_expert(config, modality, anatomies, run)
+        if stage in ("joint", "all"):
+            train_joint(config, anatomies, run)
+
+
+@contextmanager
+def _process_group(config: TrainConfig) -> Iterator[None]:
+    """Connect the processes that torchrun started; without torchrun there is nothing to do."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("gloo")
+    try:
+        for stage in (config.experts, config.continued, config.joint):
+            if stage.batch % _processes():
+                raise InputError(
+                    "argument.config",
+                    f"A batch of {stage.batch} cannot be shared by {_processes()} processes.",
+                    hint="Every batch of the configuration must be a multiple of their number.",
+                )
+        yield
+    finally:
+        dist.destroy_process_group()

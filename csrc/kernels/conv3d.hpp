@@ -12,7 +12,7 @@
 
 // The 3x3x3 convolution of kernels.hpp, for every scheme and instruction set.
 //
-// A task computes `rows` x `columns` tiles of the result in one layer of tiles, all channels:
+// A task computes a few rows of tiles of the result (Tiling), all channels:
 //   1. per voxel column (d, h at one w): load, norm, LeakyReLU, transform along d, then h
 //      -> transformed (plane, block, row, w)     plane = one of the d-h points
 //   2. per plane: transform along w, multiply by the weights of each point, transform back along w

@@ -71,7 +71,7 @@ const Kernels& chosen_kernels() {
   const char* wanted = std::getenv("MOME_CPU");
   if (wanted == nullptr || *wanted == '\0') {
     if (available.size() == 1) {
-      throw Error("engine.cpu", "This processor has no AVX2, which the engine native needs.",
+      throw Error("engine.missing", "The engine native needs a processor with AVX2.",
                   "Take the engine onnxruntime or openvino.");
     }
     return *available.back();

@@ -159,7 +159,7 @@ struct Kernels {
 std::span<const Kernels* const> available_kernels();
 
 // The kernels that MOME_CPU names, else the fastest. Throws Error engine.cpu if MOME_CPU names what
-// this processor lacks, or nothing but the reference is left without being asked for.
+// this processor lacks, and engine.missing if nothing but the reference is left unasked.
 const Kernels& chosen_kernels();
 
 const Kernels& reference_kernels();

@@ -22,6 +22,32 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+// The stored numbers that a step needs; empty where it needs none.
+struct StepTensors {
+  std::span<const float> weight, bias, gamma, beta;
+};
+
+StepTensors tensors_of(const Weights& weights, const Plan& plan, const Step& step) {
+  const auto map = [&](int index) { return plan.maps[static_cast<std::size_t>(index)]; };
+  StepTensors found;
+  if (step.kind == StepKind::stem || step.kind == StepKind::convolution) {
+    const std::int64_t outputs = map(step.output).channels;
+    found.weight =
+        weights.tensor(step.name + ".conv.weight", {outputs, step.stored_inputs, 3, 3, 3});
+    found.gamma = weights.tensor(step.name + ".norm.weight", {outputs});
+    found.beta = weights.tensor(step.name + ".norm.bias", {outputs});
+  } else if (step.kind == StepKind::upsampling) {
+    const std::int64_t outputs = map(step.output).channels;
+    found.weight = weights.tensor(step.name + ".weight", {step.stored_inputs, outputs, 2, 2, 2});
+    found.bias = weights.tensor(step.name + ".bias", {outputs});
+  } else if (step.inputs[0] != kNone) {
+    found.weight =
+        weights.tensor(step.name + ".weight", {step.outputs, step.stored_inputs, 1, 1, 1});
+    found.bias = weights.tensor(step.name + ".bias", {step.outputs});
+  }
+  return found;
+}
+
 // One window through a plan, on an arena.
 class Run {
  public:
@@ -113,13 +139,11 @@ class Run {
     const std::int64_t channels = output.channels;
     const auto start = Clock::now();
     float* packed = at<float>(step.packed);
-    kernels_.upsampling.pack(
-        weights_.tensor(step.name + ".weight", {low.channels, channels, 2, 2, 2}).data(),
-        low.channels, channels, packed);
-    const auto stored_bias = weights_.tensor(step.name + ".bias", {channels});
+    const StepTensors stored = tensors_of(weights_, plan_, step);
+    kernels_.upsampling.pack(stored.weight.data(), low.channels, channels, packed);
     float* bias = packed + kernels_.upsampling.packed_size(low.channels, channels);
     std::fill_n(bias, kernels_.padded(channels), 0.0F);
-    std::copy(stored_bias.begin(), stored_bias.end(), bias);
+    std::copy(stored.bias.begin(), stored.bias.end(), bias);
     time.packing = seconds_since(start);
     const Upsampling call{.input = input_of(step.inputs[0]),
                           .in = low.shape,
@@ -142,21 +166,20 @@ class Run {
 
   void run_head(const Step& step, StepTime& time) {
     const Architecture& numbers = weights_.architecture();
-    const std::int64_t all = numbers.experts * numbers.classes;
-    const std::int64_t outputs = step.kind == StepKind::fusion ? all : numbers.classes;
     const Index3& shape = plan_.window;
-    Head head{.voxels = shape[0] * shape[1] * shape[2], .outputs = outputs, .stride = all};
+    Head head{.voxels = shape[0] * shape[1] * shape[2],
+              .outputs = step.outputs,
+              .stride = numbers.experts * numbers.classes};
     if (step.inputs[0] != kNone) {
       const std::int64_t channels = map(step.inputs[0]).channels;
       const auto start = Clock::now();
-      kernels_.head.pack(
-          weights_.tensor(step.name + ".weight", {outputs, channels, 1, 1, 1}).data(), channels,
-          outputs, at<float>(step.packed));
+      const StepTensors stored = tensors_of(weights_, plan_, step);
+      kernels_.head.pack(stored.weight.data(), channels, step.outputs, at<float>(step.packed));
       time.packing = seconds_since(start);
       head.input = input_of(step.inputs[0]);
       head.weights = at<float>(step.packed);
-      head.bias = weights_.tensor(step.name + ".bias", {outputs}).data();
-      time.gflop = 2e-9 * static_cast<double>(channels * outputs * head.voxels);
+      head.bias = stored.bias.data();
+      time.gflop = 2e-9 * static_cast<double>(channels * step.outputs * head.voxels);
       time.executed = time.gflop;
     }
     float* expert_logits = at<float>(plan_.expert_logits);
@@ -196,12 +219,11 @@ class Run {
     }
     const Map& output = map(step.output);
     const auto [scale, shift] = norm_of(output);
-    const std::string norm = step.name + ".norm";
     const Storage& stored = storage(step.statistics);
     const std::span<const double> statistics{
         at<double>(step.statistics), static_cast<std::size_t>(statistics_size(step, stored))};
-    instance_norm(statistics, voxels(output), weights_.tensor(norm + ".weight", {output.channels}),
-                  weights_.tensor(norm + ".bias", {output.channels}), kNormEps, scale, shift);
+    const StepTensors tensors = tensors_of(weights_, plan_, step);
+    instance_norm(statistics, voxels(output), tensors.gamma, tensors.beta, kNormEps, scale, shift);
   }
 
   // The numbers that the kernel wrote; a storage is rounded up.
@@ -216,9 +238,7 @@ class Run {
 
   StoredWeights weights_of(const Step& step) const {
     StoredWeights stored = stored_weights_of(plan_, step);
-    stored.data =
-        weights_.tensor(step.name + ".conv.weight", {stored.outputs, stored.stored_inputs, 3, 3, 3})
-            .data();
+    stored.data = tensors_of(weights_, plan_, step).weight.data();
     return stored;
   }
 
@@ -267,7 +287,13 @@ NativeEngine::NativeEngine(std::shared_ptr<const Weights> weights, int threads,
     : weights_(std::move(weights)),
       kernels_(chosen_kernels()),
       threads_(threads),
-      interrupt_(std::move(interrupt)) {}
+      interrupt_(std::move(interrupt)) {
+  const std::int64_t edge = weights_->architecture().window_multiple();
+  const Plan smallest = make_plan(weights_->architecture(), {edge, edge, edge}, kernels_, 1);
+  for (const Step& step : smallest.steps) {
+    tensors_of(*weights_, smallest, step);
+  }
+}
 
 void NativeEngine::run(const WindowBatch& batch) { run_windows(batch, nullptr); }
 

@@ -33,7 +33,7 @@ class NativeEngine final : public Engine {
   // `threads` caps one call (0: none). `interrupt` is called now and then, between tasks, on the
   // thread that called run(), and ends the run by throwing.
   // Throws as Weights, Error bundle.tensors for a tensor that is missing or has another shape, and
-  // Error engine.cpu.
+  // as chosen_kernels().
   NativeEngine(std::shared_ptr<const Weights> weights, int threads,
                std::function<void()> interrupt);
 

@@ -141,6 +141,7 @@ class Planner {
     const std::string last = std::to_string(architecture_.stages() - 2);
     Step step{.kind = kind, .name = network + "decoder.seg_layers." + last};
     step.inputs[0] = input;
+    step.outputs = outputs;
     step.expert = expert;
     const std::int64_t channels = architecture_.features[0];
     step.stored_inputs = channels;

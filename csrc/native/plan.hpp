@@ -44,8 +44,9 @@ struct Step {
   std::int64_t first_input = 0;
   bool accumulate = false;
   bool normalise = false;
-  std::int64_t expert = 0;  // of a head
-  int packed = kNone;       // storages, used during this step only
+  std::int64_t outputs = 0;  // of a head, of `expert`
+  std::int64_t expert = 0;
+  int packed = kNone;  // storages, used during this step only
   int statistics = kNone;
   int scratch = kNone;  // one piece per worker
   std::int64_t scratch_bytes = 0;

@@ -114,27 +114,30 @@ class Loader(Protocol):
 
 
 class _Backend:
-    """Loads the file of a backend, and with it the library of the same name, when called."""
+    """Loads the file of a backend, and with it the library that it wraps, when called."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, library: str | None) -> None:
         self.name = name
+        self.library = library
 
     def __call__(
         self, bundle: ModelBundle, *, device: str, precision: str, threads: int | None
     ) -> Engine:
-        if importlib.util.find_spec(self.name) is None:
+        if self.library is not None and importlib.util.find_spec(self.library) is None:
             raise EngineError(
                 "engine.missing",
-                f"The engine {self.name} needs the package {self.name}, which is not installed.",
+                f"The engine {self.name} needs the package {self.library}, which is not installed.",
                 hint=f'Add it: pip install "mome-sdk[{self.name}]".',
             )
         load: Loader = importlib.import_module(f"{__name__}.{self.name}").load
         return load(bundle, device=device, precision=precision, threads=threads)
 
 
-# Fastest first, as measured: the demonstration's network, one 80^3 window, fp32, CPU seconds of one
-# thread of an AMD EPYC (AVX2): OpenVINO 0.80, ONNX Runtime 1.09, PyTorch 1.50.
-ENGINES: dict[str, Loader] = {name: _Backend(name) for name in ("openvino", "onnxruntime", "torch")}
+# Fastest first, as measured (README, "Speed").
+ENGINES: dict[str, Loader] = {
+    "native": _Backend("native", library=None),
+    **{name: _Backend(name, library=name) for name in ("openvino", "onnxruntime", "torch")},
+}
 # What makes "auto" go on to the next engine: this one is not here, or not for what was asked.
 _NOT_HERE = {"engine.missing", "engine.device", "engine.precision", "engine.no-graph"}
 
@@ -160,7 +163,8 @@ def open_engine(
     Raises:
         InputError: `argument.engine`, there is no such engine; `argument.threads`.
         EngineError: `engine.missing`, a package is not installed; `engine.device` or
-            `engine.precision`, the engine lacks it; `engine.no-graph`, the bundle has no
+            `engine.precision`, the engine lacks it; `engine.cpu`, MOME_CPU names instructions that
+            the processor lacks; `engine.no-graph`, the bundle has no
             model.onnx; `engine.none`, nothing is left for "auto"; `engine.failed`, the backend
             could not load the model.
     """

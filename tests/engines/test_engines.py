@@ -23,6 +23,7 @@ from mome_sdk.errors import EngineError, InputError
 from mome_sdk.export.onnx import write_onnx
 from mome_sdk.network import MoME, expert_shares
 
+PACKAGES = [name for name in ENGINES if name != "native"]  # engines that wrap one
 ONE_EXPERT = Architecture((4, 8), (1, 2), (1, 1), (1,), classes=3, experts=1)
 
 
@@ -200,7 +201,13 @@ def test_runner_blends_shares_of_every_expert(tiny_bundle):
 
 
 def test_auto_is_the_first_that_is_installed(tiny_bundle, monkeypatch):
-    assert open_engine(tiny_bundle).name == next(iter(ENGINES)) == "openvino"
+    assert open_engine(tiny_bundle).name == next(iter(ENGINES)) == "native"
+
+    def no_avx2(*_: object, **__: object) -> Engine:
+        raise EngineError("engine.missing", "The engine native needs a processor with AVX2.")
+
+    monkeypatch.setattr("mome_sdk.engines.native.NativeEngine", no_avx2)
+    assert open_engine(tiny_bundle).name == "openvino"
     real = importlib.util.find_spec
     absent = {"openvino"}
     monkeypatch.setattr(
@@ -213,11 +220,11 @@ def test_auto_is_the_first_that_is_installed(tiny_bundle, monkeypatch):
     with pytest.raises(EngineError) as caught:
         open_engine(tiny_bundle)
     assert caught.value.code == "engine.none"
-    for name in ENGINES:
+    for name in PACKAGES:
         assert f'pip install "mome-sdk[{name}]"' in caught.value.hint
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", PACKAGES)
 def test_missing_package_names_the_command_that_adds_it(name, tiny_bundle, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(EngineError) as caught:
@@ -252,7 +259,7 @@ def test_auto_takes_an_engine_that_has_the_precision(tiny_bundle):
     assert 1e-4 < error < 5e-2  # eight bits of mantissa: it is bf16, and it is this network
 
 
-def test_bundle_without_a_graph_runs_with_torch_alone(tmp_path):
+def test_bundle_without_a_graph_runs_without_a_runtime_for_graphs(tmp_path):
     bundle = create_bundle(
         tmp_path / "b",
         ONE_EXPERT,
@@ -268,11 +275,12 @@ def test_bundle_without_a_graph_runs_with_torch_alone(tmp_path):
         with pytest.raises(EngineError) as caught:
             open_engine(bundle, name)
         assert caught.value.code == "engine.no-graph"
-    assert open_engine(bundle).name == "torch"
+    for name in ("native", "torch"):
+        assert open_engine(bundle, name).name == name
 
 
 def test_unknown_engine_and_threads_are_refused(tiny_bundle):
-    with pytest.raises(InputError, match="auto, openvino, onnxruntime, torch") as caught:
+    with pytest.raises(InputError, match="auto, native, openvino, onnxruntime, torch") as caught:
         open_engine(tiny_bundle, "magic")
     assert caught.value.code == "argument.engine"
     with pytest.raises(InputError) as caught:

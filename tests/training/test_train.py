@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +102,67 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     )
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name
+
+
+SHARED = """
+import pickle, sys
+from pathlib import Path
+from mome_sdk.training.train import train
+
+config, labelmaps = pickle.loads(Path(sys.argv[1]).read_bytes())
+train(config, labelmaps, Path(sys.argv[1]).parent, stage="joint", experts=())
+"""
+
+
+def two_processes(config: TrainConfig, labelmaps: Path, run: Path) -> subprocess.CompletedProcess:
+    """The joint stage under torchrun."""
+    (run / "arguments.pickle").write_bytes(pickle.dumps((config, labelmaps)))
+    (run / "shared.py").write_text(SHARED)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    command = [*torchrun, "--nproc-per-node=2", "shared.py", "arguments.pickle"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warm_up", [1, 0], ids=["mean form: fused loss", "summed form: own loss"])
+def test_two_processes_have_the_gradients_of_the_doubled_batch(
+    run, config, labelmaps, tmp_path, warm_up
+):
+    joint = {"steps": 1, "warm_up": warm_up, "batch": 4, "optimizer": "sgd", "weight_decay": 0.0}
+    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, **joint))
+    gradients = []
+    for name in ("one", "two"):
+        shutil.copytree(run / "experts", tmp_path / name / "experts")
+        if name == "one":
+            training.train(config, labelmaps, tmp_path / name, stage="joint", experts=())
+        else:
+            done = two_processes(config, labelmaps, tmp_path / name)
+            assert done.returncode == 0, done.stderr
+            assert done.stderr.count("train: step 1") == 1  # one process reports
+        state = torch.load(tmp_path / name / "joint" / "train.state.pt")
+        # After one step and without weight decay SGD's momentum is the gradient.
+        gradients.append({k: v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert max(float(gradient.abs().max()) for gradient in gradients[0].values()) > 0.05
+    for index, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][index], gradient, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_batch_that_two_processes_cannot_share_is_refused(config, labelmaps, tmp_path):
+    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, batch=3))
+    done = two_processes(config, labelmaps, tmp_path)
+    assert done.returncode != 0
+    assert "A batch of 3 cannot be shared by 2 processes" in done.stderr
+
+
+def test_modalities_take_turns(config, labelmaps):
+    anatomies = training.load_anatomies(config, labelmaps)
+    stage = dataclasses.replace(config.joint, batch=3)
+    source = training.patch_source(config, stage, anatomies, (0, 1), 100)
+    patches = [source(step, number) for step in range(2) for number in range(3)]
+    assert [patch.modality for patch in patches] == [0, 1, 0, 1, 0, 1]
 
 
 def test_the_joint_stage_names_a_missing_expert(config, labelmaps, tmp_path):
