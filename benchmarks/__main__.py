@@ -21,7 +21,7 @@ from .worker import COMPILED, PUBLISHED
 # Suite -> what it measures, and rounds by default: with the demonstration model, at full size.
 SUITES = {
     "engines": ("one window of every engine, and its peak memory", (10, 5)),
-    "kernels": ("the pieces of the C++ core", (10, 10)),
+    "kernels": ("the native engine's kernels beside PyTorch, and the runner", (5, 5)),
     "window": ("our sliding window, nnU-Net's and MONAI's around one network", (5, 1)),
     "end-to-end": ("an image from .nii.gz to .nii.gz, by stage", (5, 1)),
     "cold-start": ("process start to the first window, by stage", (10, 5)),
@@ -92,6 +92,7 @@ def _add_options(suite: argparse.ArgumentParser, name: str) -> None:
             "--threads", type=int, default=default_threads(), metavar="N",
             help="threads of every contender (default: MOME_THREADS, or all cores)",
         )  # fmt: skip
+    suite.add_argument("--rounds", type=_rounds, metavar="N", help="measurements of every row")
     if name == "kernels":
         return
     model = suite.add_mutually_exclusive_group()
@@ -100,7 +101,6 @@ def _add_options(suite: argparse.ArgumentParser, name: str) -> None:
         "--full-size", action="store_true",
         help="the published size with random weights; the bundle, 0.75 GB, stays in DIR",
     )  # fmt: skip
-    suite.add_argument("--rounds", type=_rounds, metavar="N", help="measurements of every row")
     if name in CONTENDERS:
         suite.add_argument(
             "--engines", metavar="A,B", help=f"only these of {', '.join(CONTENDERS[name])}"
@@ -121,7 +121,11 @@ def _suite(options: argparse.Namespace) -> Callable[[], Table]:
     if options.suite == "kernels":
         from . import kernels
 
-        return partial(kernels.run, threads=options.threads)
+        return partial(
+            kernels.run,
+            threads=options.threads,
+            rounds=options.rounds or SUITES["kernels"][1][0],
+        )
     only = _only(options) if options.suite in CONTENDERS else None
     bundle = _bundle(options)
     rounds = options.rounds or SUITES[options.suite][1][options.full_size]

@@ -22,6 +22,7 @@ from .models import example_image, window_gflop
 from .worker import COMPILED, Worker
 
 REFERENCE, BASELINE = "torch", "openvino"
+_PROFILED = "native fp32"
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def _add_group(
     with ExitStack() as stack:
         workers = start(stack, "window", job, group, table)
         samples = interleave(workers, rounds)
+        if _PROFILED in workers:
+            table.steps = workers[_PROFILED].profile()
     for contender in group:
         if contender.name not in workers:
             continue

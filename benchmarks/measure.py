@@ -93,6 +93,25 @@ class Missing:
     reason: str
 
 
+@dataclass(frozen=True)
+class Step:
+    """A part of the native engine's work.
+
+    Attributes:
+        name: Of the weights; those of all experts are one step.
+        kernel: What computes it.
+        seconds: In one window.
+        gflop: As a direct convolution counts them, two operations for each product.
+        executed_gflop: As the kernel does.
+    """
+
+    name: str
+    kernel: str
+    seconds: float
+    gflop: float
+    executed_gflop: float
+
+
 @dataclass
 class Table:
     """What one suite found.
@@ -102,12 +121,14 @@ class Table:
         work: What every row did: model, windows, mirroring, threads.
         rows: Those whose result is right.
         missing: The others.
+        steps: Where the native engine's time goes, if the suite looks at that.
     """
 
     suite: str
     work: Mapping[str, Any]
     rows: list[Row] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
 
     def add(self, row: Row, *, limit: float | None = None) -> None:
         """Take a row if its parity is within the limit (by default that of its precision)."""

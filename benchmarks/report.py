@@ -44,6 +44,7 @@ def result(
         "work": dict(table.work),
         "rows": [row.as_json() for row in table.rows],
         "missing": [asdict(row) for row in table.missing],
+        "steps": [asdict(step) for step in table.steps],
     }
 
 
@@ -88,6 +89,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         *(f"- {m['name']}: {m['reason']}" for m in found["missing"]),
         *([""] if found["missing"] else []),
         *_parity_lines(rows),
+        *_step_lines(found),
     ]
     return "\n".join(lines) + "\n"
 
@@ -180,6 +182,28 @@ def _parity_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield (
             f"Parity, against {against}: largest difference in parts of the range of the logits, "
             "rms in standard deviations, voxels with another class where the margin is over 0.001."
+        )
+
+
+def _step_lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """Where the native engine's time goes.
+
+    Executed operations are those of its algorithm: only they compare with the matrix product.
+    """
+    if not found["steps"]:
+        return
+    total = sum(step["seconds"] for step in found["steps"])
+    peak = max(state["gemm_gflops"] for state in found["states"])
+    yield from ("", f"One window of the native engine, step by step: {total:.4g} s.", "")
+    yield "| step | kernel | ms | share % | GFLOP/s direct | GFLOP/s executed | % of the GEMM |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for step in found["steps"]:
+        seconds = step["seconds"]
+        executed = step["executed_gflop"] / seconds
+        yield (
+            f"| {step['name']} | {step['kernel']} | {1e3 * seconds:.4g} "
+            f"| {100 * seconds / total:.1f} | {step['gflop'] / seconds:.4g} | {executed:.4g} "
+            f"| {100 * executed / peak:.0f} |"
         )
 
 

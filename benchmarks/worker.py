@@ -1,18 +1,21 @@
 """One engine in a process of its own: its memory can be told apart, and its environment set.
 
 `Worker` is the caller's side, `main` the process. They exchange lines of JSON: the first answer
-comes when the engine is open and warm, one more for each line "run".
+comes when the engine is open and warm, one more for each
+line "run" or "profile".
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -22,10 +25,11 @@ from numpy.typing import NDArray
 
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.engines import Engine, open_engine
+from mome_sdk.engines.native import NativeEngine
 from mome_sdk.errors import EngineError, MomeError
 from mome_sdk.segmenter import Segmenter
 
-from .measure import Sample
+from .measure import Sample, Step
 
 # Beside the engines there are, from anchors.py: the torch engine compiled, and (for scans) the
 # published predictor, with its own sliding window.
@@ -77,6 +81,13 @@ class Worker:
         self.cpu_s.append(answer["cpu_s"])
         sample: Sample = answer["seconds"]
         return sample
+
+    def profile(self) -> list[Step]:
+        """Where the time of one window goes; of the engine native, and the task "window"."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("profile\n")
+        self._process.stdin.flush()
+        return [Step(**step) for step in self._answer()["steps"]]
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
@@ -130,7 +141,11 @@ def main(task: str, job: dict[str, Any]) -> None:
         logits = work.logits()  # warms up, too
         np.save(_logits_file(job, os.getpid()), logits)
         answer(details={"open_s": open_s, **memory.stop()})
-        for _ in sys.stdin:
+        for line in sys.stdin:
+            if line == "profile\n":
+                assert isinstance(work, _Window)
+                answer(steps=[asdict(step) for step in work.profile()])
+                continue
             before = time.process_time()
             seconds = work()
             answer(seconds=seconds, cpu_s=time.process_time() - before)
@@ -171,6 +186,17 @@ class _Window:
         start = time.perf_counter()
         self._engine.run(self._windows, self._logits)
         return {"window": time.perf_counter() - start}
+
+    def profile(self) -> list[Step]:
+        """The steps of the native engine; what all experts do is added up."""
+        assert isinstance(self._engine, NativeEngine)
+        steps: dict[tuple[str, str], list[float]] = {}
+        for step in self._engine.profile(self._windows):
+            name = re.sub(r"^experts\.\d+", "experts", step["name"])
+            numbers = [step["seconds"], step["gflop"], step["executed"]]
+            before = steps.get((name, step["kernel"]), [0.0, 0.0, 0.0])
+            steps[name, step["kernel"]] = [a + b for a, b in zip(before, numbers, strict=True)]
+        return [Step(*names, *numbers) for names, numbers in steps.items()]
 
 
 def _scan(job: Mapping[str, Any]) -> _Work:

@@ -13,7 +13,7 @@ import pytest
 
 import mome_sdk
 from mome_sdk.benchmarks import machine
-from mome_sdk.benchmarks.measure import Missing, Parity, Row, Table
+from mome_sdk.benchmarks.measure import Missing, Parity, Row, Step, Table
 from mome_sdk.benchmarks.report import chart, markdown, result, write
 from mome_sdk.errors import MomeError
 
@@ -29,6 +29,8 @@ def found() -> dict[str, Any]:
     table.add(Row("slow & old", "fp32", [{"window": 4.0}], PARITY, "slow & old", {"cpu_s": 8.0}))
     table.add(Row("fast", "fp32", [{"window": 1.0}, {"window": 2.0}], PARITY, "slow & old"))
     table.missing.append(Missing("absent", "there is no such processor here"))
+    table.steps.append(Step("experts.stem", "first convolution", 0.3, 6.0, 6.0))
+    table.steps.append(Step("experts.rest", "Winograd", 0.1, 8.0, 1.0))
     state = {"load": 0.5, "gemm_gflops": 100.0}
     return result(table, command=["mome", "bench"], machine=machine.record(), states=[state] * 2)
 
@@ -60,9 +62,18 @@ def test_the_table_names_machine_work_ratio_parity_and_who_is_missing(found: dic
     assert fast.split(" | ")[1:6] == ["fp32", "1.5", "1.9", "1", "2.67"]
     assert "| 1.0e-05 | 2.0e-06 | 3 of 400 |" in fast
     assert "- absent: there is no such processor here" in lines
-    assert "PyTorch fp32" in lines[-1]
+    assert any(line.startswith("Parity, against PyTorch fp32: ") for line in lines)
     header = next(line for line in lines if line.startswith("|  |"))
     assert all(line.count(" | ") == header.count(" | ") for line in lines if line[:6] == "| fast")
+
+
+def test_steps_have_their_share_and_the_executed_part_of_the_measured_peak(found: dict[str, Any]):
+    lines = markdown(found).splitlines()
+    assert "One window of the native engine, step by step: 0.4 s." in lines
+    assert "| experts.stem | first convolution | 300 | 75.0 | 20 | 20 | 20 |" in lines
+    assert "| experts.rest | Winograd | 100 | 25.0 | 80 | 10 | 10 |" in lines
+    found["steps"] = []
+    assert "step by step" not in markdown(found)
 
 
 def test_the_chart_has_a_bar_for_each_row_the_fastest_first(found: dict[str, Any]):

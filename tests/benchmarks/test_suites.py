@@ -21,6 +21,7 @@ from mome_sdk import _core
 from mome_sdk.architecture import Architecture
 from mome_sdk.benchmarks import cold_start, end_to_end, engines, gpu, kernels, machine, window
 from mome_sdk.benchmarks.anchors import at_corners, blended, mirrored, monai_starts, window_weights
+from mome_sdk.benchmarks.kernels import Layer
 from mome_sdk.benchmarks.measure import Parity, Row, Table
 from mome_sdk.benchmarks.models import random_bundle
 from mome_sdk.benchmarks.report import markdown, result
@@ -53,7 +54,7 @@ def _one_thread() -> Iterator[None]:
 
 def checked(table: Table) -> dict[str, Any]:
     """The table as JSON: valid, and accepted by the report."""
-    state = {"load": 0.0}
+    state = {"load": 0.0, "gemm_gflops": 100.0}
     found = result(table, command=["mome"], machine=machine.record(), states=[state, state])
     jsonschema.validate(json.loads(json.dumps(found, allow_nan=False)), SCHEMA)
     assert all(row["name"] in markdown(found) for row in found["rows"])
@@ -71,8 +72,12 @@ def test_engines(tiny_bundle: ModelBundle):
         details = row["details"]
         assert 10 < details["peak_anonymous_mb"] < details["peak_rss_mb"]
         assert details["peak_rss_mb"] < details["peak_anonymous_mb"] + details["peak_file_mb"] + 64
+    steps = found["steps"]
+    assert {step["name"].split(".")[0] for step in steps} == {"experts", "gate"}
+    assert sum(step["gflop"] for step in steps) == pytest.approx(found["work"]["gflop"], rel=0.01)
+    assert not any(step["name"].startswith("experts.0") for step in steps), "experts are added up"
     restricted = {row["name"] for row in (*found["rows"], *found["missing"])}
-    assert "openvino fp32, AVX2 only" in restricted
+    assert {"native fp32, AVX2 only", "openvino fp32, AVX2 only"} <= restricted
     if not _core.cpu_features()["avx512bf16"]:
         reasons = {row["name"]: row["reason"] for row in found["missing"]}
         assert "no precision bf16" in reasons["openvino bf16"]
@@ -232,11 +237,29 @@ def test_wrong_use_is_one_line(
 
 @pytest.mark.slow
 def test_kernels():
-    found = checked(kernels.run(threads=1))
-    assert {row["name"] for row in found["rows"]} >= {
-        "bench_runner[mirror-none]",
-        "bench_runner[mirror-all]",
-    }
+    layers = (
+        Layer("stem", (1,), 4, 12),
+        Layer("convolution", (4, 6), 5, 12),
+        Layer("convolution", (4,), 9, 6, stride=2),
+        Layer("upsampling", (8,), 4, 12),
+    )
+    found = checked(kernels.run(threads=1, rounds=2, layers=layers))
+    assert found["missing"] == []
+    rows = {row["name"]: row for row in found["rows"]}
+    for layer in layers:
+        theirs = rows.pop(f"{layer.name}: PyTorch")
+        (ours,) = (rows.pop(name) for name in list(rows) if name.startswith(f"{layer.name}: "))
+        assert ours["baseline"] == theirs["name"]
+        assert len(ours["seconds"]) == 2
+        assert 0 < ours["parity"]["rms"] < 5e-6
+        assert ours["details"]["gflop_per_s"] > 0
+    assert set(rows) == {"bench_runner[mirror-none]", "bench_runner[mirror-all]"}
+
+
+def test_a_layer_counts_the_products_of_the_direct_computation():
+    assert Layer("convolution", (2, 3), 4, 8).gflop == pytest.approx(2e-9 * 27 * 5 * 4 * 512)
+    assert Layer("upsampling", (6,), 4, 8).gflop == pytest.approx(2e-9 * 6 * 4 * 512)
+    assert Layer("convolution", (32,), 64, 64, stride=2).input_edge == 128
 
 
 @pytest.mark.slow
