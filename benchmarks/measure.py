@@ -17,9 +17,10 @@ Detail = float | int | str | None
 # The reference says which class it is where its best logit leads by more than this.
 MARGIN = 1e-3
 # Largest rms difference from the reference, in deviations of the logits: beyond it, another
-# network was computed. float32 in another order stays under 1e-5, but 1.5e-3 was seen of ONNX
-# Runtime's norms of 3.3 million voxels; 16 bits reach several percent on random weights.
-LIMITS = {"fp32": 5e-3, "bf16": 0.1, "fp16": 0.1}
+# network was computed. float32 in another order stays under 2e-5 at full size, but the norms of
+# other runtimes lose digits over millions of voxels: 1.5e-3 was seen of ONNX Runtime, 1e-2 of
+# OpenVINO. 16 bits reach several percent on random weights.
+LIMITS = {"fp32": 3e-2, "bf16": 0.1, "fp16": 0.1}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings_arrays.hpp"
 #include "error.hpp"
 #include "native/network.hpp"
 #include "python_engine.hpp"
@@ -30,7 +31,7 @@ std::shared_ptr<NativeEngine> open_native(const py::object& path, std::int64_t o
                                           std::optional<int> threads) {
   const auto name = py::module_::import("os").attr("fsencode")(path).cast<std::string>();
   return std::make_shared<NativeEngine>(std::make_shared<const Weights>(name, offset, size),
-                                        threads.value_or(0), &check_signals);
+                                        threads_of(threads), &check_signals);
 }
 
 template <typename View, typename Data>

@@ -19,7 +19,8 @@
 //      -> product (plane, output block, row, w)
 //   3. per voxel column: transform back along h, then d; statistics; store
 // so that nothing transformed leaves the caches. Rounding, float32: rms 5e-6 and at most 5e-5 of
-// the result's standard deviation against float64 (tests/kernels).
+// the result's standard deviation against float64; up to 1e-4 where a few voxels of 50 deviations
+// hardly raise it (tests/kernels).
 namespace mome {
 
 template <typename S, typename Depth, typename Plane>
@@ -105,8 +106,8 @@ class ConvolutionTask {
   static std::int64_t blocks_of(std::int64_t channels) { return pieces(channels, kWidth); }
 
   // How the tiles of a result are shared out: `columns` along w, `rows` along h, and, where a layer
-  // is small, several layers.
-  // Many tiles reuse a weight more often, few fit the caches; the numbers are measured.
+  // is small, `depth` layers. Many tiles reuse a weight more often, few fit the caches: with 16 and
+  // 32 tiles 64 -> 64 channels at 64^3 voxels took 119 and 152 ms, 256 -> 256 at 16^3 34 and 28.
   struct Tiling {
     explicit Tiling(const Convolution& call) {
       const std::int64_t wanted = channels_of(call).blocks * kWidth + call.channels < 256 ? 16 : 32;

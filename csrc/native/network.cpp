@@ -1,9 +1,7 @@
 #include "network.hpp"
 
 #include <algorithm>
-#include <cassert>
 #include <chrono>
-#include <cstring>
 #include <utility>
 
 #include "../error.hpp"

@@ -1,8 +1,6 @@
 #include "plan.hpp"
 
 #include <algorithm>
-#include <cassert>
-#include <numeric>
 #include <utility>
 
 namespace mome {
@@ -46,14 +44,6 @@ class Planner {
 
   std::int64_t gate_inputs() const {
     return architecture_.in_channels + architecture_.experts * architecture_.features[0];
-  }
-
-  Index3 shape_at(std::int64_t stage) const {
-    Index3 shape = plan_.window;
-    for (std::int64_t& edge : shape) {
-      edge >>= stage;
-    }
-    return shape;
   }
 
   int add_storage(std::int64_t bytes) {
