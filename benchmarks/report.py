@@ -180,8 +180,9 @@ def _parity_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the last columns mean."""
     for against in dict.fromkeys(row["parity"]["against"] for row in rows):
         yield (
-            f"Parity, against {against}: largest difference in parts of the range of the logits, "
-            "rms in standard deviations, voxels with another class where the margin is over 0.001."
+            f"Parity, against {against}: largest difference in parts of its range, rms difference "
+            "in its standard deviations, voxels with another largest channel (class) where that "
+            "leads by more than 0.001."
         )
 
 
