@@ -35,7 +35,6 @@ lint: $(VENV)/test
 
 # The tests of the core against a build that checks every access (ASan) and operation (UBSan).
 sanitize: $(VENV)/test
-	$(BIN)/pip install --quiet cmake pybind11
 	PATH=$(CURDIR)/$(BIN):$$PATH tests/sanitize.sh $(BIN)/python
 
 # Installs an sdist with the default dependencies in a new environment and prints its size.

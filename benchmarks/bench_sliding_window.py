@@ -43,11 +43,12 @@ class CopyEngine:
 
 
 @pytest.mark.parametrize("mirror", [(), ALL_AXES], ids=["mirror-none", "mirror-all"])
-def bench_runner(benchmark: Any, mirror: tuple[int, ...]) -> None:
+def bench_runner(benchmark: Any, mirror: tuple[int, ...], pytestconfig: pytest.Config) -> None:
+    rounds = pytestconfig.getoption("rounds")
     image = np.random.default_rng(0).standard_normal((1, *SHAPE), dtype=np.float32)
     window = SlidingWindow(PATCH, mirror=mirror)
     logits = benchmark.pedantic(
-        window.run, (CopyEngine(), image), rounds=10, warmup_rounds=1, iterations=1
+        window.run, (CopyEngine(), image), rounds=rounds, warmup_rounds=1, iterations=1
     )
     expected = blended(window, image, mirror)
     parity = compare(logits, expected, "the same windows blended in NumPy, float64")

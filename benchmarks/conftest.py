@@ -10,6 +10,11 @@ import pytest
 from mome_sdk.benchmarks import machine
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `mome bench` passes on."""
+    parser.addoption("--rounds", type=int, default=10, help="measurements of each benchmark")
+
+
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     """Replace what pytest-benchmark records."""
     machine_info.clear()

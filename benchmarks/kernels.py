@@ -111,7 +111,7 @@ def run(*, threads: int, rounds: int, layers: Sequence[Layer] = LAYERS) -> Table
     for layer in layers:
         for row in _layer_rows(layer, kernels, threads, rounds):
             table.add(row, limit=_LIMIT)
-    for row in _runner_rows(threads):
+    for row in _runner_rows(threads, rounds):
         table.add(row, limit=_LIMIT)
     return table
 
@@ -208,10 +208,10 @@ def _layer_rows(layer: Layer, kernels: str, threads: int, rounds: int) -> list[R
     return rows
 
 
-def _runner_rows(threads: int) -> list[Row]:
+def _runner_rows(threads: int, rounds: int) -> list[Row]:
     """The sliding window around a nearly free engine, measured by pytest-benchmark."""
     rows = []
-    for found in _measured(threads):
+    for found in _measured(threads, rounds):
         info = found["extra_info"]
         samples = [{"call": seconds} for seconds in found["stats"]["data"]]
         parity = Parity(**info["parity"])
@@ -219,13 +219,14 @@ def _runner_rows(threads: int) -> list[Row]:
     return rows
 
 
-def _measured(threads: int) -> list[dict[str, Any]]:
+def _measured(threads: int, rounds: int) -> list[dict[str, Any]]:
     """What pytest-benchmark says about each; what it prints goes to standard error."""
     with tempfile.TemporaryDirectory(prefix="mome-") as folder:
         path = Path(folder, "found.json")
         command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", str(FOLDER)]
         command += ["-p", "no:cacheprovider", "-o", "python_functions=bench_*"]
-        command += [f"--benchmark-json={path}", *map(str, sorted(FOLDER.glob("bench_*.py")))]
+        command += [f"--rounds={rounds}", f"--benchmark-json={path}"]
+        command += [*map(str, sorted(FOLDER.glob("bench_*.py")))]
         environment = {**os.environ, "MOME_THREADS": str(threads)}
         status = subprocess.run(command, stdout=sys.stderr, env=environment).returncode
         if status:

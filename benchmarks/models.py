@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 import mome_sdk
 from mome_sdk.architecture import LEAKY_SLOPE, Architecture
-from mome_sdk.bundle import ModelBundle, create_bundle
+from mome_sdk.bundle import MODALITIES, ModelBundle, create_bundle
 from mome_sdk.errors import BundleError
 from mome_sdk.export.onnx import write_onnx
 from mome_sdk.nifti import read_nifti
@@ -54,6 +54,7 @@ def random_bundle(path: Path, architecture: Architecture, patch: Index3) -> Mode
         architecture,
         random_tensors(architecture),
         name="random weights",
+        modalities=MODALITIES[: architecture.experts],
         patch=patch,
         blend="exact",
         training=_SOURCE,

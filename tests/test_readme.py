@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 import mome_sdk
+from mome_sdk import bundle
+from mome_sdk.architecture import Architecture
 from mome_sdk.benchmarks.__main__ import command_line as benchmark_line
+from mome_sdk.benchmarks.models import random_bundle
 from mome_sdk.cli import main
 from mome_sdk.training.__main__ import command_line
 
@@ -30,6 +33,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder, made the current one."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def quick_demo(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that takes a second under the name of the demonstration, which takes twenty.
+
+    What that finds, and that it does, is tested in test_cli.py, test_install.py, test_real_data.py.
+    """
+    data = tmp_path_factory.mktemp("data")
+    small = Architecture((1, 1), (1, 2), (1, 1), (1,), experts=2)
+    random_bundle(data / "demo", small, (160, 196, 160))
+    (data / "template").symlink_to(bundle._DATA / "template")
+    monkeypatch.setattr(bundle, "_DATA", data)
 
 
 @pytest.fixture
@@ -55,6 +71,7 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_demo")
 @pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
 def test_python_code_runs(code: str, scan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(code, "README.md", "exec"), {})
@@ -63,6 +80,7 @@ def test_python_code_runs(code: str, scan: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_demo")
 @pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "predict"]], ids=" ".join)
 def test_predict_writes_mask_picture_and_report(words: list[str], scan: Path) -> None:
     assert main(words[1:]) == 0

@@ -79,7 +79,8 @@ def test_odd_numbers_compute_the_network(edges, tmp_path):
 @pytest.mark.slow
 def test_full_size_computes_the_network(tmp_path):
     bundle = random_bundle(tmp_path / "full", FULL_SIZE, (128, 128, 128))
-    image = np.random.default_rng(4).normal(size=(1, 1, 64, 64, 64)).astype(np.float32)
+    # Half a cube: float64 takes most of the test. rms 1.3e-5 of a deviation; 1.5e-5 of the whole.
+    image = np.random.default_rng(4).normal(size=(1, 1, 32, 64, 64)).astype(np.float32)
     rms, flips = errors_against_float64(bundle, image)
     assert rms <= 3e-5
     assert flips == 0
