@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,11 +22,12 @@ import numpy as np
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.engines import ENGINES
-from mome_sdk.errors import EngineError, InputError, MomeError
+from mome_sdk.errors import EngineError, InputError, MomeError, PreparationError
 from mome_sdk.files import check_writable, make_folder, write_file
 from mome_sdk.nifti import NOTICE, read_nifti
 from mome_sdk.options import BENCH, COMMON, TRAINING, parser
-from mome_sdk.report import headline, lesion_table, picture, report
+from mome_sdk.preprocess.align import Alignment
+from mome_sdk.report import headline, lesion_table, picture, registration_picture, report
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
 
@@ -138,6 +139,7 @@ class _Job:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    _check_preparation(options)
     jobs = _jobs(options)
     with Segmenter(
         options.model,
@@ -151,19 +153,79 @@ def _predict(options: argparse.Namespace) -> int:
         batch=options.batch,
         threads=options.threads,
     ) as segmenter:
-        failed = [job for job in jobs if not _predict_one(segmenter, job, options, len(jobs))]
+        preparation = _preparation(segmenter, options)
+        failed = [
+            job
+            for job in jobs
+            if not _predict_one(segmenter, job, options, preparation, inputs=len(jobs))
+        ]
     if not failed:
         return DONE
     return SOME_FAILED if len(failed) < len(jobs) else REFUSED
 
 
-def _predict_one(segmenter: Segmenter, job: _Job, options: argparse.Namespace, inputs: int) -> bool:
+def _check_preparation(options: argparse.Namespace) -> None:
+    """Refuse options of the preparation that the space has no use for."""
+    for name in ("reference", "brain_mask", "force"):
+        if getattr(options, name) and options.space != "native":
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                "argument.space",
+                f"{option} is given with --space {options.space}.",
+                hint="Only --space native registers images and looks for the brain.",
+            )
+
+
+def _preparation(segmenter: Segmenter, options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `Segmenter.predict`: the reference is registered once."""
+    if options.reference is None:
+        return {"brain_mask": options.brain_mask, "force": options.force}
+    with _picture_of_refusal(segmenter, options.reference, _beside(options, options.reference)):
+        reference = segmenter.align(
+            options.reference, brain_mask=options.brain_mask, force=options.force
+        )
+    return {"reference": reference, "force": options.force}
+
+
+def _beside(options: argparse.Namespace, image: Path) -> Path:
+    """Where the picture of a refused reference goes: where the results go."""
+    output: Path = options.output
+    folder = output.parent if len(options.inputs) == 1 else output
+    return folder / f"{_stem(image)}_refused.png"
+
+
+@contextlib.contextmanager
+def _picture_of_refusal(segmenter: Segmenter, image: Path, path: Path) -> Iterator[None]:
+    """Draw what a check of the registration refuses, and name the picture in the error."""
+    try:
+        yield
+    except PreparationError as error:
+        if isinstance(error.attempt, Alignment):
+            scan = read_nifti(image)
+            png = registration_picture(scan, error.attempt.to_template, segmenter.bundle)
+            write_file(path, png)
+            error.hint = f"{error.hint} See {path}.".strip()
+        raise
+
+
+def _predict_one(
+    segmenter: Segmenter,
+    job: _Job,
+    options: argparse.Namespace,
+    preparation: Mapping[str, Any],
+    *,
+    inputs: int,
+) -> bool:
     """Segment one input and write its files; False, and one line said, when it cannot be used."""
     files = {name: str(path) if path else None for name, path in job.outputs.items()}
     try:
-        with _Progress(job.image.name) as progress:
-            result = segmenter.predict(job.image, progress, shares=options.report)
-        _write(job, result)
+        refused = job.mask.with_name(f"{_stem(job.mask)}_refused.png")
+        with (
+            _Progress(job.image.name) as progress,
+            _picture_of_refusal(segmenter, job.image, refused),
+        ):
+            result = segmenter.predict(job.image, progress, shares=options.report, **preparation)
+        _write(job, result, segmenter.bundle)
     except MomeError as error:
         about = f"{job.image.name}: " if inputs > 1 else ""
         _refuse(error, debug="debug" in options, about=about)
@@ -178,14 +240,20 @@ def _predict_one(segmenter: Segmenter, job: _Job, options: argparse.Namespace, i
     return True
 
 
-def _write(job: _Job, result: Segmentation) -> None:
+def _write(job: _Job, result: Segmentation, bundle: ModelBundle) -> None:
     result.save(job.mask)
     if job.probability is not None:
         result.save_probability(job.probability)
     if job.picture is not None and job.report is not None:
-        png = picture(read_nifti(job.image), result)
+        scan = read_nifti(job.image)
+        png = picture(scan, result)
+        placed = None
+        if result.provenance["preparation"] is not None:
+            to_template = np.array(result.provenance["preparation"]["to_template"])
+            placed = registration_picture(scan, to_template, bundle)
+        page = report(result, png, title=job.image.name, registration=placed)
         write_file(job.picture, png)
-        write_file(job.report, report(result, png, title=job.image.name).encode("utf-8"))
+        write_file(job.report, page.encode("utf-8"))
 
 
 def _jobs(options: argparse.Namespace) -> list[_Job]:

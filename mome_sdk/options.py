@@ -117,9 +117,27 @@ def _add_predict_options(predict: _Parser) -> None:
         "--space",
         metavar="NAME",
         choices=SPACES,
-        default="mni",
-        help="mni (default): registered to MNI152, any grid; model: on the model's grid, "
-        "already cropped",
+        default="native",
+        help="native (default): as the scanner made it, registered here; mni: registered to "
+        "MNI152, any grid; model: on the model's grid, already cropped",
+    )
+    option(
+        "--reference",
+        metavar="SCAN",
+        type=Path,
+        help="register this image of the same session (best a T1 with thin slices) and apply it "
+        "to every INPUT",
+    )
+    option(
+        "--brain-mask",
+        metavar="FILE",
+        type=Path,
+        help="the brain, not 0 inside, in the space of the INPUT (of SCAN with --reference)",
+    )
+    option(
+        "--force",
+        action="store_true",
+        help="go on where a check of registration or brain says no; the result records it",
     )
     option(
         "--engine",

@@ -20,10 +20,11 @@ from mome_sdk.bundle import Blend, ModelBundle
 from mome_sdk.engines import Engine, open_engine
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.nifti import Source, open_nifti, volume_of
-from mome_sdk.preprocess.pipeline import SPACES, Space, prepare, restore
+from mome_sdk.preprocess.align import Alignment, align, align_to
+from mome_sdk.preprocess.pipeline import SPACES, Prepared, Space, check_image, prepare, restore
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.sliding_window import SlidingWindow
-from mome_sdk.volume import Index3, Volume
+from mome_sdk.volume import Volume
 
 Image: TypeAlias = Volume | str | Path | SpatialImage | tuple[ArrayLike, ArrayLike]
 Progress: TypeAlias = Callable[[int, int], object]
@@ -43,8 +44,9 @@ class Segmenter:
         engine: "auto" for the fastest engine present, the name of one, or an Engine of your own.
         device: "cpu", or "cuda:0" for an engine that has it.
         precision: "fp32", or another that the engine has.
-        space: What grids the images are on: "mni", in the template's space, resampled to the
-            model's grid and back; "model", on the model's own grid already.
+        space: Where the images are: "native", as the scanner made them, registered to the
+            template here; "mni", in the template's space; both are resampled to the model's grid
+            and the result goes back; "model", on the model's own grid already.
         mirror: "none", or "all" to average over the eight mirrored copies of every window, which
             is the authors' setting and eight times the work.
         step: Distance of windows in parts of the patch, over 0 to 1.
@@ -67,7 +69,7 @@ class Segmenter:
         *,
         device: str = "cpu",
         precision: str = "fp32",
-        space: Space = "mni",
+        space: Space = "native",
         mirror: Mirror = "none",
         step: float = 0.5,
         blend: Blend | None = None,
@@ -95,8 +97,33 @@ class Segmenter:
         )
         self._open = True
 
+    def align(
+        self, volume: Image, *, brain_mask: Image | None = None, force: bool = False
+    ) -> Alignment:
+        """Where an image lies in the template's space, for `predict(reference=)`.
+
+        Register one image of a session, the best resolved, and predict all others with its
+        alignment: they share the scanner's space.
+
+        Args:
+            volume: As for `predict`.
+            brain_mask, force: As for `predict`.
+
+        Raises:
+            PreparationError: `registration.*`, `brain.*`: a check says no.
+            InputError, GeometryError: the image cannot be used.
+        """
+        return self._align(_opened(volume)[0], brain_mask, force=force)
+
     def predict(
-        self, volume: Image, progress: Progress | None = None, *, shares: bool = False
+        self,
+        volume: Image,
+        progress: Progress | None = None,
+        *,
+        shares: bool = False,
+        reference: Alignment | None = None,
+        brain_mask: Image | None = None,
+        force: bool = False,
     ) -> Segmentation:
         """Find the lesions of one image.
 
@@ -106,20 +133,34 @@ class Segmenter:
             progress: Called with windows done and windows in all, on the thread that called
                 `predict`. An exception from it cancels the work and comes back to the caller.
             shares: Also measure each expert's share in the result (`expert_share`).
+            reference: What `align` gave for another image of the same session: its registration
+                is used, and checked on this image ("native").
+            brain_mask: The brain in the image's space, not 0 inside, on any grid ("native").
+            force: Go on where a check of the preparation says no; the provenance names it.
 
         Returns:
-            Mask and probability on the image's own grid, with timings (read, prepare, network,
-            restore; s) and provenance.
+            Mask and probability on the image's own grid, with timings (read, register if "native",
+            prepare, network, restore; s) and provenance.
 
         Raises:
             InputError, GeometryError: the image cannot be used; see `read_nifti` and `prepare`.
+            PreparationError: `registration.*`, `brain.*`: a check of the preparation says no; its
+                `attempt` is the Alignment that was refused.
             EngineError: the engine did not work, or this Segmenter is closed.
         """
         timings: dict[str, float] = {}
         with _timed(timings, "read"):
             image, source = _opened(volume)
+        alignment = None
+        if self.space == "native":
+            with _timed(timings, "register"):
+                if reference is None:
+                    alignment = self._align(image, brain_mask, force=force)
+                else:
+                    check_image(image)
+                    alignment = align_to(reference, image, self.bundle, force=force)
         with _timed(timings, "prepare"):
-            prepared = prepare(image, self.bundle, self.space)
+            prepared = prepare(image, self.bundle, self.space, alignment=alignment)
         with _timed(timings, "network"):
             normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
             logits, raw_shares = self._run(normalised, progress, shares=shares)
@@ -137,7 +178,7 @@ class Segmenter:
             probability=probability,
             expert_share=expert_share,
             timings=timings,
-            provenance=self._provenance(prepared.volume.grid.shape),
+            provenance=self._provenance(prepared),
             source=source,
         )
 
@@ -199,9 +240,15 @@ class Segmenter:
             return self.windows.run_with_shares(self.engine, image, progress=progress)
         return self.windows.run(self.engine, image, progress=progress), None
 
-    def _provenance(self, shape: Index3) -> dict[str, Any]:
-        """What made the result, as JSON values. Nothing of the image's header or name is in it."""
-        per_axis = self.windows.starts(shape)
+    def _align(self, image: Volume, brain_mask: Image | None, *, force: bool) -> Alignment:
+        check_image(image)
+        brain = None if brain_mask is None else _opened(brain_mask)[0]
+        threads = self.windows.threads
+        return align(image, self.bundle, brain_mask=brain, force=force, threads=threads)
+
+    def _provenance(self, prepared: Prepared) -> dict[str, Any]:
+        """What made the result, as JSON values; no name and no text of the image's header."""
+        per_axis = self.windows.starts(prepared.volume.grid.shape)
         return {
             "mome_sdk": version("mome-sdk"),
             "bundle": self.bundle.name,
@@ -214,6 +261,7 @@ class Segmenter:
             "device": self.engine.device,
             "precision": self.engine.precision,
             "space": self.space,
+            "preparation": prepared.alignment.as_json() if prepared.alignment else None,
             "mirror": self.mirror,
             "step": self.windows.step,
             "blend": self.windows.blend,
