@@ -139,7 +139,6 @@ class _Job:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    _check_preparation(options)
     jobs = _jobs(options)
     with Segmenter(
         options.model,
@@ -162,18 +161,6 @@ def _predict(options: argparse.Namespace) -> int:
     if not failed:
         return DONE
     return SOME_FAILED if len(failed) < len(jobs) else REFUSED
-
-
-def _check_preparation(options: argparse.Namespace) -> None:
-    """Refuse options of the preparation that the space has no use for."""
-    for name in ("reference", "brain_mask", "force"):
-        if getattr(options, name) and options.space != "native":
-            option = "--" + name.replace("_", "-")
-            raise InputError(
-                "argument.space",
-                f"{option} is given with --space {options.space}.",
-                hint="Only --space native registers images and looks for the brain.",
-            )
 
 
 def _preparation(segmenter: Segmenter, options: argparse.Namespace) -> dict[str, Any]:
@@ -374,7 +361,7 @@ def _demo(options: argparse.Namespace) -> int:
         check_writable(path)
     with Segmenter("demo") as segmenter, _Progress("demo") as progress:
         result = segmenter.predict(job.image, progress, shares=True)
-    _write(job, result)
+    _write(job, result, segmenter.bundle)
     known = read_nifti(_EXAMPLE / "lesion.nii.gz").array > 0
     print(f"Demonstration model and generated example. {NOTICE}.\n")
     print(lesion_table(result.lesions))

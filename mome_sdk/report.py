@@ -224,9 +224,7 @@ def _planes_through(mask: NDArray[np.uint8], box: tuple[slice, slice, slice]) ->
     return [int(np.bincount(axis).argmax()) for axis in np.nonzero(components == 1)]
 
 
-def _panel(
-    grey: NDArray[np.floating[Any]], marks: _Marks, size: tuple[int, int]
-) -> Image.Image:
+def _panel(grey: NDArray[np.floating[Any]], marks: _Marks, size: tuple[int, int]) -> Image.Image:
     """One plane (two RAS axes) as a picture of `size` pixels, with the marks over it.
 
     The first axis becomes columns and the second rows, both reversed: R, A and S point left or up.

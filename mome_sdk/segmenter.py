@@ -113,6 +113,7 @@ class Segmenter:
             PreparationError: `registration.*`, `brain.*`: a check says no.
             InputError, GeometryError: the image cannot be used.
         """
+        self._check_native(reference=True)
         return self._align(_opened(volume)[0], brain_mask, force=force)
 
     def predict(
@@ -148,6 +149,7 @@ class Segmenter:
                 `attempt` is the Alignment that was refused.
             EngineError: the engine did not work, or this Segmenter is closed.
         """
+        self._check_native(reference=reference, brain_mask=brain_mask, force=force)
         timings: dict[str, float] = {}
         with _timed(timings, "read"):
             image, source = _opened(volume)
@@ -239,6 +241,16 @@ class Segmenter:
         if shares:
             return self.windows.run_with_shares(self.engine, image, progress=progress)
         return self.windows.run(self.engine, image, progress=progress), None
+
+    def _check_native(self, **options: object) -> None:
+        """Refuse what has a use only where images are registered here."""
+        for name, value in options.items():
+            if value is not None and value is not False and self.space != "native":
+                raise InputError(
+                    "argument.space",
+                    f"{name.replace('_', ' ')} was asked for with space {self.space!r}.",
+                    hint="Images are registered, and brains looked for, with space 'native' only.",
+                )
 
     def _align(self, image: Volume, brain_mask: Image | None, *, force: bool) -> Alignment:
         check_image(image)

@@ -162,13 +162,23 @@ def test_an_older_output_is_replaced(scan: Path, predict: Any) -> None:
         (["{scan}", "{dir}/b.nii", "-o", "{dir}/a/b"], "argument.output-folder", "does not exist"),
         (["{scan}"], "argument.usage", "-o/--output"),
         (["-o", "{dir}/x.nii"], "argument.usage", "INPUT"),
-        (["{scan}", "-o", "{dir}/x.nii", "--space", "native"], "argument.usage", "native"),
+        (["{scan}", "-o", "{dir}/x.nii", "--space", "talairach"], "argument.usage", "talairach"),
         (["{scan}", "-o", "{dir}/x.nii", "--engine", "tensorrt"], "argument.usage", "tensorrt"),
         (["{scan}", "-o", "{dir}/x.nii", "--batch", "many"], "argument.usage", "many"),
         (["{scan}", "-o", "{dir}/x.nii", "--step", "2"], "argument.step", "step"),
         (["{scan}", "-o", "{dir}/x.nii", "--model", "{dir}/no"], "bundle.not-found", "no"),
         (["{scan}", "-o", "{dir}/x.nii", "--device", "cuda:0"], "engine.device", "cuda:0"),
-        (["{scan}", "-o", "{dir}/x.nii"], "geometry.not-mni", "register the image"),
+        (
+            ["{scan}", "-o", "{dir}/x.nii", "--space", "mni"],
+            "geometry.not-mni",
+            "register the image",
+        ),
+        (["{scan}", "-o", "{dir}/x.nii"], "brain.cut", "18 x 20 x 22 mm"),
+        (["{scan}", "-o", "{dir}/x.nii", "--space", "mni", "--force"], "argument.space", "force"),
+        (
+            ["{scan}", "-o", "{dir}/x.nii", "--space", "mni", "--reference", "{scan}"],
+            *("argument.space", "reference"),
+        ),
     ],
 )
 def test_wrong_use_is_one_line(

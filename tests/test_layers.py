@@ -45,6 +45,8 @@ LIBRARIES = {
     "engines.torch": {"torch"},
     "engines.onnxruntime": {"onnxruntime"},
     "engines.openvino": {"openvino"},
+    "preprocess.register": {"nibabel", "niimath"},
+    "preprocess.skull_strip": {"nibabel", "deepbet"},
     "report": {"PIL"},
     "cli": {"PIL"},
 }

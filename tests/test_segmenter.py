@@ -257,7 +257,7 @@ def test_an_engine_of_ones_own_is_left_open(tiny_bundle: ModelBundle) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
-        ({"space": "native"}, "argument.space", "one of: mni, model"),
+        ({"space": "talairach"}, "argument.space", "one of: native, mni, model"),
         ({"mirror": "some"}, "argument.mirror", "one of: none, all"),
         ({"step": 0.0}, "argument.step", "step"),
         ({"step": 1.5}, "argument.step", "step"),

@@ -12,7 +12,7 @@ from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import PreparationError
 from mome_sdk.preprocess import register, skull_strip
 from mome_sdk.preprocess.intensity import background_of
-from mome_sdk.preprocess.quality import Problem, Quality, centre_mm, check_resolution, judge
+from mome_sdk.preprocess.quality import NO_BRAIN, Problem, Quality, centre_mm, check_grid, judge
 from mome_sdk.volume import Volume
 
 # A brain whose outline covers the template's this well is not registered again.
@@ -76,15 +76,15 @@ def align(
             Alignment that was refused.
         InputError: `argument.brain-mask`.
     """
-    coarse = check_resolution(scan)
-    if coarse and not force:
-        raise _refusal(coarse, None)
+    unfit = check_grid(scan.grid)
+    if unfit and not force:
+        raise _refusal(unfit, None)
     brain = None if brain_mask is None else skull_strip.check_mask(brain_mask, scan.grid)
     found = _best(scan, bundle, brain, "image" if brain is None else "file", threads)
     if found.quality.problems() and brain is None and skull_strip.is_installed():
         brain = skull_strip.find_brain(scan)
         found = _best(scan, bundle, brain, skull_strip.method(), threads)
-    return _checked(found, [coarse] if coarse else [], force=force, may_strip=brain is None)
+    return _checked(found, [unfit] if unfit else [], force=force, may_strip=brain is None)
 
 
 def align_to(reference: Alignment, scan: Volume, bundle: ModelBundle, *, force: bool) -> Alignment:
@@ -125,6 +125,8 @@ def _best(
         found = alignment(matrix, register.METHOD)
         if not found.quality.problems():
             return found
+        if best is not None and max(best.quality.similarity, found.quality.similarity) < NO_BRAIN:
+            break
         if best is None or found.quality.similarity > best.quality.similarity:
             best = found
     assert best is not None  # registrations() raises when it has nothing
@@ -146,5 +148,7 @@ def _refusal(
 ) -> PreparationError:
     hint = problem.hint
     if may_strip and not skull_strip.is_installed():
-        hint += f" If this is a head with its skull, brain extraction may help: {skull_strip.INSTALL}."
+        hint += (
+            f" If this is a head with its skull, brain extraction may help: {skull_strip.INSTALL}."
+        )
     return PreparationError(problem.code, problem.message, hint=hint, attempt=attempt)

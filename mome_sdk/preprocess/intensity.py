@@ -49,7 +49,9 @@ def background_of(volume: Volume) -> float:
     head is noise), the median. Not the corners: real files hold interpolation artefacts there.
     """
     array = volume.array
-    faces = np.concatenate([f.ravel() for f in (array[[0, -1]], array[:, [0, -1]], array[:, :, [0, -1]])])
+    faces = np.concatenate(
+        [f.ravel() for f in (array[[0, -1]], array[:, [0, -1]], array[:, :, [0, -1]])]
+    )
     values, counts = np.unique(faces, return_counts=True)
     if counts.max() < 0.1 * faces.size:
         return float(np.median(faces))

@@ -22,6 +22,8 @@ LEAST_TISSUE = 0.8
 LEAST_OVERLAP = 0.88
 BRAIN_ML = (500.0, 2700.0)
 COARSEST_MM = 7.0
+# No side of an adult's or a child's brain is shorter.
+SHORTEST_MM = 60.0
 
 _STEP_MM = 2
 _BINS = 32
@@ -83,16 +85,23 @@ class Quality:
         }
 
 
-def check_resolution(scan: Volume) -> Problem | None:
-    """What speaks against the voxel size of a scan."""
-    longest = max(scan.grid.spacing_mm)
-    if longest <= COARSEST_MM:
-        return None
-    return Problem(
-        "brain.too-coarse",
-        f"The voxels are up to {longest:.1f} mm long.",
-        f"At most {COARSEST_MM:g} mm are expected: lesions are lost between thicker slices.",
-    )
+def check_grid(grid: Grid) -> Problem | None:
+    """What speaks against a scan before anybody has looked at its voxels."""
+    longest = max(grid.spacing_mm)
+    sides_mm = [length * mm for length, mm in zip(grid.shape, grid.spacing_mm, strict=True)]
+    if longest > COARSEST_MM:
+        return Problem(
+            "brain.too-coarse",
+            f"The voxels are up to {longest:.1f} mm long.",
+            f"At most {COARSEST_MM:g} mm are expected: lesions are lost between thicker slices.",
+        )
+    if min(sides_mm) < SHORTEST_MM:
+        return Problem(
+            "brain.cut",
+            f"The image is {' x '.join(f'{side:.0f}' for side in sides_mm)} mm large.",
+            f"At least {SHORTEST_MM:g} mm each way are expected: a whole brain is needed.",
+        )
+    return None
 
 
 def judge(scan: Volume, to_template: NDArray[np.float64], bundle: ModelBundle) -> Quality:

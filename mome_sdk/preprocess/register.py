@@ -28,7 +28,8 @@ METHOD = f"niimath {version('niimath')}"
 _HEAD_MM = 170.0
 # Turned by this much about the left-right axis, heads that lie far back or forward are caught too.
 _NOD_DEGREES = (0.0, 25.0, -25.0)
-_TIMEOUT_S = 600
+# Usually 4 to 15 s; images of noise can keep it for many minutes.
+_TIMEOUT_S = 120
 
 
 def registrations(

@@ -6,6 +6,7 @@ show tissue exactly where the lesions are.
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -43,22 +44,20 @@ def find_brain(scan: Volume) -> Volume:
     Raises:
         PreparationError: `brain.not-found`, it finds none.
     """
-    import torch
-    from deepbet import BrainExtraction
-
     turned = scan.reorient("RAS")
     image = nib.Nifti1Image(np.ascontiguousarray(turned.array, np.float32), turned.affine)
-    threads = torch.get_num_threads()
-    try:
-        _, mask, _ = BrainExtraction(no_gpu=True).run(image)
-    except AssertionError as error:  # how it says that there is no foreground
-        raise PreparationError(
-            "brain.not-found",
-            f"{method()} finds no brain in the image.",
-            hint="Name an MR image of a head, or give a brain mask.",
-        ) from error
-    finally:
-        torch.set_num_threads(threads)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch, about deepbet's files
+        from deepbet import BrainExtraction
+
+        try:
+            _, mask, _ = BrainExtraction(no_gpu=True).run(image)
+        except AssertionError as error:  # how it says that there is no foreground
+            raise PreparationError(
+                "brain.not-found",
+                f"{method()} finds no brain in the image.",
+                hint="Name an MR image of a head, or give a brain mask.",
+            ) from error
     return Volume(np.asarray(mask.dataobj, np.uint8), turned.affine)
 
 

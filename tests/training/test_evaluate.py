@@ -57,7 +57,7 @@ def test_fused_dice_is_that_of_a_segmenter_and_a_case_runs_once(
     case = held_out_case(config, anatomies, "FLAIR", 0)
     results = tmp_path / "results.csv"
     (row,) = evaluate(tiny_bundle, [case], results)
-    with Segmenter(tiny_bundle, engine="torch") as segmenter:
+    with Segmenter(tiny_bundle, engine="torch", space="mni") as segmenter:
         mask = _core.argmax(segmenter.logits(case.image[np.newaxis]))
     assert row.fused == pytest.approx(dice(mask, case.lesion), abs=1e-3)
     assert row.volume_ml == pytest.approx(case.lesion.sum() / 1000)
