@@ -1,4 +1,4 @@
-"""Everything but the network: a scan read, registered, prepared, its result brought back, written."""
+"""Everything but the network: a scan is read, registered, prepared; its result goes back."""
 
 from __future__ import annotations
 

@@ -146,6 +146,7 @@ def _predict(options: argparse.Namespace) -> int:
         device=options.device,
         precision=options.precision,
         space=options.space,
+        registration=options.registration,
         mirror=options.mirror,
         step=options.step,
         blend=options.blend,

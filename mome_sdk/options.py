@@ -11,6 +11,7 @@ from mome_sdk.engines import ENGINES
 from mome_sdk.errors import InputError
 from mome_sdk.nifti import NOTICE
 from mome_sdk.preprocess.pipeline import SPACES
+from mome_sdk.preprocess.register import METHODS
 from mome_sdk.segmenter import MIRRORS
 
 # Commands of the training package, which reads their options itself.
@@ -120,6 +121,14 @@ def _add_predict_options(predict: _Parser) -> None:
         default="native",
         help="native (default): as the scanner made it, registered here; mni: registered to "
         "MNI152, any grid; model: on the model's grid, already cropped",
+    )
+    option(
+        "--registration",
+        metavar="NAME",
+        choices=METHODS,
+        default="niimath",
+        help="the program that registers: niimath (default), sitk, or ants as published (one to "
+        "two minutes)",
     )
     option(
         "--reference",

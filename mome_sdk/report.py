@@ -94,7 +94,7 @@ def registration_picture(
     image = there.resample(brain.grid, mode="linear", fill=background_of(volume))
     everything = np.ones(image.array.shape, bool)
     box = _bounds(everything, image.grid.spacing_mm)
-    index = [int(round(axis.mean())) for axis in np.nonzero(brain.array)]
+    index = [round(axis.mean()) for axis in np.nonzero(brain.array)]
     marks = _Marks(brain.array, _OUTLINE_RGB, tint=0.0)
     return _png(image, marks, box, index, "Outline of the template's brain")
 

@@ -22,6 +22,7 @@ from mome_sdk.errors import EngineError, InputError
 from mome_sdk.nifti import Source, open_nifti, volume_of
 from mome_sdk.preprocess.align import Alignment, align, align_to
 from mome_sdk.preprocess.pipeline import SPACES, Prepared, Space, check_image, prepare, restore
+from mome_sdk.preprocess.register import METHODS, Method, check_installed
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.sliding_window import SlidingWindow
 from mome_sdk.volume import Volume
@@ -47,6 +48,8 @@ class Segmenter:
         space: Where the images are: "native", as the scanner made them, registered to the
             template here; "mni", in the template's space; both are resampled to the model's grid
             and the result goes back; "model", on the model's own grid already.
+        registration: The program that registers native images: "niimath", or "sitk" or "ants" (the
+            published preparation's own call) with the extra of that name.
         mirror: "none", or "all" to average over the eight mirrored copies of every window, which
             is the authors' setting and eight times the work.
         step: Distance of windows in parts of the patch, over 0 to 1.
@@ -70,6 +73,7 @@ class Segmenter:
         device: str = "cpu",
         precision: str = "fp32",
         space: Space = "native",
+        registration: Method = "niimath",
         mirror: Mirror = "none",
         step: float = 0.5,
         blend: Blend | None = None,
@@ -78,8 +82,11 @@ class Segmenter:
     ) -> None:
         _check_choice("space", space, SPACES)
         _check_choice("mirror", mirror, tuple(MIRRORS))
+        _check_choice("registration", registration, METHODS)
+        check_installed(registration)
         self.bundle = model if isinstance(model, ModelBundle) else ModelBundle.load(model)
         self.space = space
+        self.registration = registration
         self.mirror = mirror
         self.windows = SlidingWindow(
             self.bundle.patch,
@@ -255,8 +262,14 @@ class Segmenter:
     def _align(self, image: Volume, brain_mask: Image | None, *, force: bool) -> Alignment:
         check_image(image)
         brain = None if brain_mask is None else _opened(brain_mask)[0]
-        threads = self.windows.threads
-        return align(image, self.bundle, brain_mask=brain, force=force, threads=threads)
+        return align(
+            image,
+            self.bundle,
+            brain_mask=brain,
+            force=force,
+            method=self.registration,
+            threads=self.windows.threads,
+        )
 
     def _provenance(self, prepared: Prepared) -> dict[str, Any]:
         """What made the result, as JSON values; no name and no text of the image's header."""

@@ -272,7 +272,7 @@ class Volume:
 
 def inverse(affine: NDArray[np.float64]) -> NDArray[np.float64]:
     """The 4x4 affine map the other way round; its last row is exactly 0 0 0 1."""
-    back: NDArray[np.float64] = np.linalg.inv(affine)
+    back = np.asarray(np.linalg.inv(affine), np.float64)
     back[3] = (0.0, 0.0, 0.0, 1.0)
     return back
 

@@ -45,7 +45,7 @@ LIBRARIES = {
     "engines.torch": {"torch"},
     "engines.onnxruntime": {"onnxruntime"},
     "engines.openvino": {"openvino"},
-    "preprocess.register": {"nibabel", "niimath"},
+    "preprocess.register": {"nibabel", "niimath", "SimpleITK", "ants"},
     "preprocess.skull_strip": {"nibabel", "deepbet"},
     "report": {"PIL"},
     "cli": {"PIL"},

@@ -1,4 +1,4 @@
-"""From a scan to its place in the template's space: what is tried, in which order, and the checks."""
+"""From a scan to its place in the template's space: what is tried, in which order, and checked."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ def align(
     *,
     brain_mask: Volume | None = None,
     force: bool = False,
+    method: register.Method = "niimath",
     threads: int | None = None,
 ) -> Alignment:
     """Find a scan's place in the template's space, and its brain.
@@ -66,7 +67,8 @@ def align(
         bundle: Whose template is meant.
         brain_mask: The brain in the scan's space, not 0 inside, on any grid.
         force: Take the best there is where a check says no; `Alignment.forced` tells.
-        threads: Most threads of the registration program.
+        method: The registration program.
+        threads: Most threads of it.
 
     A brain that covers the template's already is left where it is. A head whose registration the
     checks refuse is stripped by deepbet (extra `prep`) and tried again.
@@ -80,10 +82,10 @@ def align(
     if unfit and not force:
         raise _refusal(unfit, None)
     brain = None if brain_mask is None else skull_strip.check_mask(brain_mask, scan.grid)
-    found = _best(scan, bundle, brain, "image" if brain is None else "file", threads)
+    found = _best(scan, bundle, brain, "image" if brain is None else "file", method, threads)
     if found.quality.problems() and brain is None and skull_strip.is_installed():
         brain = skull_strip.find_brain(scan)
-        found = _best(scan, bundle, brain, skull_strip.method(), threads)
+        found = _best(scan, bundle, brain, skull_strip.method(), method, threads)
     return _checked(found, [unfit] if unfit else [], force=force, may_strip=brain is None)
 
 
@@ -103,26 +105,32 @@ def align_to(reference: Alignment, scan: Volume, bundle: ModelBundle, *, force: 
 
 
 def _best(
-    scan: Volume, bundle: ModelBundle, brain: Volume | None, source: str, threads: int | None
+    scan: Volume,
+    bundle: ModelBundle,
+    brain: Volume | None,
+    source: str,
+    method: register.Method,
+    threads: int | None,
 ) -> Alignment:
     """The first registration that no check refuses, or the most similar of all."""
     moving = scan if brain is None else skull_strip.stripped(scan, brain)
 
-    def alignment(to_template: NDArray[np.float64], method: str) -> Alignment:
+    def alignment(to_template: NDArray[np.float64], how: str) -> Alignment:
         quality = judge(moving, to_template, bundle)
         if brain is not None or quality.is_stripped:
             mask = brain or Volume(scan.array != background_of(scan), scan.affine)
-            return Alignment(to_template, mask, method, source, quality)
-        return Alignment(to_template, None, method, "template", quality)
+            return Alignment(to_template, mask, how, source, quality)
+        return Alignment(to_template, None, how, "template", quality)
 
     there = alignment(np.eye(4), "none: in the template's space already")
     if there.quality.overlap >= _ALREADY_THERE and not there.quality.problems():
         return there
     best: Alignment | None = None
-    for matrix in register.registrations(
-        moving, bundle.template, centre_mm(bundle), threads=threads
-    ):
-        found = alignment(matrix, register.METHOD)
+    tries = register.registrations(
+        moving, bundle.template, centre_mm(bundle), method=method, threads=threads
+    )
+    for matrix in tries:
+        found = alignment(matrix, register.name_of(method))
         if not found.quality.problems():
             return found
         if best is not None and max(best.quality.similarity, found.quality.similarity) < NO_BRAIN:

@@ -168,7 +168,7 @@ def centre_mm(bundle: ModelBundle) -> NDArray[np.float64]:
     return middle
 
 
-def _similarity(scan: NDArray[np.generic], template: NDArray[np.generic]) -> float:
+def _similarity(scan: NDArray[Any], template: NDArray[Any]) -> float:
     """Normalised mutual information of two lists of values, less 1; 0 if one is constant."""
     a, b = _binned(scan), _binned(template)
     joint = np.bincount(a * _BINS + b, minlength=_BINS * _BINS).reshape(_BINS, _BINS) / a.size
@@ -178,7 +178,7 @@ def _similarity(scan: NDArray[np.generic], template: NDArray[np.generic]) -> flo
     return (_entropy(joint.sum(axis=0)) + _entropy(joint.sum(axis=1))) / both - 1.0
 
 
-def _binned(values: NDArray[np.generic]) -> NDArray[np.int64]:
+def _binned(values: NDArray[Any]) -> NDArray[np.int64]:
     """Bin numbers between the 0.5th and the 99.5th percentile; what is outside, in the end bins."""
     low, high = np.percentile(values, (0.5, 99.5))
     scaled = (values.astype(np.float64) - low) * (_BINS / max(high - low, 1e-12))
@@ -190,7 +190,7 @@ def _entropy(probability: NDArray[np.float64]) -> float:
     return float(-(positive * np.log(positive)).sum())
 
 
-def _spread(values: NDArray[np.generic], background: float) -> float:
+def _spread(values: NDArray[Any], background: float) -> float:
     return float(np.percentile(np.abs(values - background), 99))
 
 

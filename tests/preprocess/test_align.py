@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.errors import InputError, PreparationError
+from mome_sdk.errors import EngineError, InputError, PreparationError
 from mome_sdk.nifti import read_nifti
-from mome_sdk.preprocess import skull_strip
+from mome_sdk.preprocess import register, skull_strip
 from mome_sdk.preprocess.align import Alignment, align, align_to
 from mome_sdk.preprocess.pipeline import prepare, restore
-from mome_sdk.preprocess.quality import judge
+from mome_sdk.preprocess.quality import centre_mm, judge
 from mome_sdk.volume import Grid, Volume
 from preprocess.truth import run_case
 
@@ -42,7 +42,6 @@ def in_a_skull(bundle: ModelBundle) -> Volume:
 def refusal(scan: Volume, bundle: ModelBundle) -> PreparationError:
     with pytest.raises(PreparationError) as caught:
         align(scan, bundle)
-    print(caught.value, getattr(caught.value.attempt, "quality", None))
     return caught.value
 
 
@@ -261,7 +260,7 @@ def test_half_a_head_and_a_flat_slab_are_refused(
 
 
 @pytest.mark.slow
-def test_deepbet_finds_the_brain_of_a_head(bundle: ModelBundle, data_dir: Path) -> None:
+def test_deepbet_finds_the_brain_of_a_head(data_dir: Path) -> None:
     """1,489 to 1,504 mL were measured on this patient's two scans (deepbet 1.0.2)."""
     if not skull_strip.is_installed():
         pytest.skip(f"deepbet is not installed: {skull_strip.INSTALL}")
@@ -269,3 +268,27 @@ def test_deepbet_finds_the_brain_of_a_head(bundle: ModelBundle, data_dir: Path) 
     brain = skull_strip.find_brain(head)
     ml = np.count_nonzero(brain.array) * brain.grid.voxel_ml
     assert ml == pytest.approx(1489, abs=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["sitk", "ants"])
+def test_other_programs_put_the_brain_in_the_same_place(
+    method: register.Method, bundle: ModelBundle, data_dir: Path
+) -> None:
+    """On voxels of 2 mm, for time."""
+    try:
+        register.check_installed(method)
+    except EngineError as error:
+        pytest.skip(str(error))
+    brain = read_nifti(data_dir / "stroke_case0009" / "dwi.nii.gz")
+    small = bundle.template.resample(_every_2_mm(bundle.template.grid))
+    found = next(register.registrations(brain, small, centre_mm(bundle), method=method))
+    quality = judge(brain, found, bundle)
+    assert quality.problems() == ()
+    assert quality.overlap > 0.93
+
+
+def _every_2_mm(grid: Grid) -> Grid:
+    factor = 2.0 / np.array(grid.spacing_mm)
+    i, j, k = np.ceil(np.array(grid.shape) / factor).astype(int)
+    return Grid((int(i), int(j), int(k)), grid.affine @ np.diag((*factor, 1.0)))

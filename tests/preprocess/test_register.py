@@ -32,7 +32,7 @@ def program(text: str, folder: Path) -> str:
 def test_the_matrix_goes_from_the_scan_to_the_template(
     tmp_path: Path, tiny_bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program that finds: the template's mm are those of the scan that it gets, plus (1, 2, 3)."""
+    """A program that finds: the template's mm are those of the scan that it gets + (1, 2, 3)."""
     script = (
         "#!/bin/sh\nfor w; do case $w in *matrix.json) f=$w;; esac; done\n"
         'echo \'{"fixed_to_moving": [[1,0,0,-1],[0,1,0,-2],[0,0,1,-3],[0,0,0,1]]}\' > "$f"\n'
@@ -41,16 +41,16 @@ def test_the_matrix_goes_from_the_scan_to_the_template(
     scan = phantom()
     moved = np.array(scan.affine)
     moved[:3, 3] += (30.0, -20.0, 500.0)
-    centre = centre_mm(tiny_bundle)
+    centre, shift = centre_mm(tiny_bundle), np.array((1.0, 2.0, 3.0))
     found = list(register.registrations(Volume(scan.array, moved), tiny_bundle.template, centre))
     assert len(found) == 4
     # The first start has the head's centre on the template's, then the program adds its own.
     middle = Volume(scan.array, moved).grid.to_mm(np.argwhere(scan.array > 0)).mean(axis=0)
     there = found[0] @ (*middle, 1.0)
-    np.testing.assert_allclose(there[:3], centre + (1, 2, 3), atol=1.5)
-    np.testing.assert_allclose(found[1][:3, 3], (1, 2, 3))  # as the header says
+    np.testing.assert_allclose(there[:3], centre + shift, atol=1.5)
+    np.testing.assert_allclose(found[1][:3, 3], shift)  # as the header says
     for nodded in found[2:]:
-        np.testing.assert_allclose((nodded @ (*middle, 1.0))[:3], centre + (1, 2, 3), atol=1.5)
+        np.testing.assert_allclose((nodded @ (*middle, 1.0))[:3], centre + shift, atol=1.5)
         assert abs(nodded[1, 2]) == pytest.approx(np.sin(np.radians(25.0)))
 
 

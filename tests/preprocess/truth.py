@@ -3,10 +3,10 @@
 `python -m tests.preprocess.truth` runs 100 cases and prints the distribution; MOME_TEST_DATA names
 the folder of real scans and label maps. Each case takes a brain that lies on the template (the
 template itself, a real FLAIR, or a T1, T2 or DWI painted into a label map), draws a 12 mm lesion
-into it and moves both by a random affine map into a scanner's grid: rotated up to 30 degrees, scaled
-by 0.85 to 1.15 along each axis, sheared, voxels of 0.7 to 5 mm, oblique, any axis order. The scan is
-prepared as a user's would be. Two masks are then compared with the lesion sampled directly on the
-scanner's grid:
+into it and moves both by a random affine map into a scanner's grid: rotated up to 30 degrees,
+scaled by 0.85 to 1.15 along each axis, sheared, voxels of 0.7 to 5 mm, oblique, any axis order.
+The scan is prepared as a user's would be. Two masks are then compared with the lesion sampled
+directly on the scanner's grid:
 
 - round trip: the lesion carried to the model grid with the scan, and back by `restore`;
 - by template: the lesion as it lies on the unmoved brain, back by `restore`; here the registration
@@ -84,7 +84,7 @@ def run_case(number: int, bundle: ModelBundle, data: Path) -> Outcome:
     name = SUBJECTS[number % len(SUBJECTS)]
     brain = _subject(name, data, int(rng.integers(1, 11)))
     centre_mm = _lesion_place(brain, bundle, rng)
-    movement, degrees = _movement(rng, bundle)
+    movement, degrees = _movement(rng)
     grid = _scanner_grid(rng, movement, bundle)
     scan = _scanned(brain, _painted(brain, name, centre_mm), movement, grid)
     outcome = Outcome(name, grid.spacing_mm, degrees)
@@ -96,7 +96,7 @@ def run_case(number: int, bundle: ModelBundle, data: Path) -> Outcome:
     prepared = prepare(scan, bundle, "native", alignment=found)
     carried = Volume(direct, grid.affine).resample(prepared.volume.grid, mode="linear").array
     round_trip = _restored(carried, prepared)
-    at_rest = _unmoved(name, data, brain, bundle)
+    at_rest = _unmoved(brain, bundle)
     model_grid = prepared.volume.grid
     known = _sampled_ball(
         Grid(model_grid.shape, found.to_template @ model_grid.affine),
@@ -136,9 +136,9 @@ def _subject(name: str, data: Path, number: int) -> Volume:
 
 
 @lru_cache(maxsize=40)
-def _unmoved(name: str, data: Path, brain: Volume, bundle: ModelBundle) -> Alignment:
+def _unmoved(brain: Volume, bundle: ModelBundle) -> Alignment:
     """Where the registration puts the brain that was not moved."""
-    return align(Volume(brain.array, brain.affine), bundle)
+    return align(brain, bundle)
 
 
 def _lesion_place(
@@ -168,7 +168,7 @@ def _ball(grid: Grid, centre_mm: NDArray[np.float64]) -> NDArray[np.bool_]:
     return near
 
 
-def _movement(rng: np.random.Generator, bundle: ModelBundle) -> tuple[NDArray[np.float64], float]:
+def _movement(rng: np.random.Generator) -> tuple[NDArray[np.float64], float]:
     """4x4: the brain's mm to the patient's mm, about the brain's middle; and its angle."""
     axis = rng.normal(size=3)
     angle = float(rng.uniform(0, 30))
