@@ -182,7 +182,8 @@ def _binned(values: NDArray[Any]) -> NDArray[np.int64]:
     """Bin numbers between the 0.5th and the 99.5th percentile; what is outside, in the end bins."""
     low, high = np.percentile(values, (0.5, 99.5))
     scaled = (values.astype(np.float64) - low) * (_BINS / max(high - low, 1e-12))
-    return np.clip(scaled, 0, _BINS - 1).astype(np.int64)
+    bins: NDArray[np.int64] = np.clip(scaled, 0, _BINS - 1).astype(np.int64)
+    return bins
 
 
 def _entropy(probability: NDArray[np.float64]) -> float:
