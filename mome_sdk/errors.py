@@ -59,3 +59,12 @@ class PeerError(MomeError):
     def __init__(self, code: str, message: str, *, hint: str = "", retryable: bool = False) -> None:
         super().__init__(code, message, hint=hint)
         self.retryable = retryable
+
+
+def out_of_memory(error: MemoryError) -> EngineError:
+    """What to tell the user when an allocation was refused."""
+    return EngineError(
+        "engine.out-of-memory",
+        f"There is not enough memory ({error}).",
+        hint="Free some, or use a smaller --batch.",
+    )

@@ -78,6 +78,13 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def make_folders(folder: Path) -> None:
+    """Make a folder and those that it lies in: errors as `make_folder`."""
+    if not folder.parent.is_dir():
+        make_folders(folder.parent)
+    make_folder(folder)
+
+
 def _part_of(path: Path) -> Path:
     """A hidden name beside `path` that no other process or thread uses."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")

@@ -95,17 +95,33 @@ def _add_predict_options(predict: _Parser) -> None:
     predict.formatter_class = argparse.RawDescriptionHelpFormatter
     predict.description = (
         "Find lesions in brain MR images; each mask lies on the grid of its own image.\n"
-        "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI."
+        "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI.\n"
+        "Or many of them: a folder or a list of images, see below."
+    )
+    predict.epilog = (
+        "A folder is searched at any depth, but for hidden files. Of a BIDS dataset the T1w, T2w\n"
+        "and FLAIR images in anat and single-volume dwi images are taken, none from derivatives\n"
+        "and sourcedata. A list is a .txt file with a path in each line, or a .csv file with the\n"
+        "column image; paths start from the list's folder. OUT repeats the tree of the images\n"
+        "(BIDS: sub-1/anat/sub-1_space-T1w_desc-lesion_mask.nii.gz) and has a row for each image\n"
+        "in results.csv. The same command again does what is not done yet and images that have\n"
+        "changed; an image that was refused for what it is waits until it changes."
     )
     option = predict.add_argument
-    option("inputs", metavar="INPUT", type=Path, nargs="+", help="one image or several")
+    option(
+        "inputs",
+        metavar="INPUT",
+        type=Path,
+        nargs="+",
+        help="one image or several; or one folder or list (.txt, .csv)",
+    )
     option(
         "-o",
         "--output",
         metavar="OUT",
         type=Path,
         required=True,
-        help="mask to write, for one INPUT; a folder, for several: OUT/NAME.nii.gz for each. "
+        help="mask to write, for one image; a folder, for several: OUT/NAME.nii.gz for each. "
         "What is there already is replaced, but never an INPUT",
     )
     option(
@@ -218,7 +234,16 @@ def _add_predict_options(predict: _Parser) -> None:
     option(
         "--json",
         action="store_true",
-        help="print one JSON object per INPUT on standard output, and nothing else",
+        help="print one JSON object per image on standard output, and nothing else",
+    )
+    option(
+        "--ray",
+        type=int,
+        default=None,
+        metavar="N",
+        help="for a folder or a list: N processes of Ray, each with its own model, on the cluster "
+        "of RAY_ADDRESS or else on this machine; they share cores and GPUs evenly, and paths "
+        "must mean the same files on every machine",
     )
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from mome_sdk import _core
 from mome_sdk.bundle import Blend, ModelBundle
 from mome_sdk.engines import Engine, open_engine
-from mome_sdk.errors import EngineError, InputError
+from mome_sdk.errors import EngineError, InputError, MomeError, out_of_memory
 from mome_sdk.nifti import Source, open_nifti, volume_of
 from mome_sdk.preprocess.align import Alignment, align, align_to
 from mome_sdk.preprocess.pipeline import SPACES, Prepared, Space, check_image, prepare, restore
@@ -33,6 +38,31 @@ Progress: TypeAlias = Callable[[int, int], object]
 # Axes (D, H, W) over which windows are mirrored; every combination is averaged, eight with "all".
 Mirror: TypeAlias = Literal["none", "all"]
 MIRRORS: dict[Mirror, tuple[int, ...]] = {"none": (), "all": (0, 1, 2)}
+
+
+@dataclass(frozen=True, eq=False)
+class CaseResult:
+    """What became of one image of a batch.
+
+    Attributes:
+        input: The image, as it was given.
+        segmentation: What was found in it; None when it could not be used.
+        error: Why it could not be used; None when it could.
+    """
+
+    input: Image
+    segmentation: Segmentation | None
+    error: MomeError | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """An image as the network takes it, and what its result will repeat of the image itself."""
+
+    prepared: Prepared
+    affine: NDArray[np.float64]
+    source: Source | None
+    timings: dict[str, float]
 
 
 class Segmenter:
@@ -157,39 +187,43 @@ class Segmenter:
             EngineError: the engine did not work, or this Segmenter is closed.
         """
         self._check_native(reference=reference, brain_mask=brain_mask, force=force)
-        timings: dict[str, float] = {}
-        with _timed(timings, "read"):
-            image, source = _opened(volume)
-        alignment = None
-        if self.space == "native":
-            with _timed(timings, "register"):
-                if reference is None:
-                    alignment = self._align(image, brain_mask, force=force)
-                else:
-                    check_image(image)
-                    alignment = align_to(reference, image, self.bundle, force=force)
-        with _timed(timings, "prepare"):
-            prepared = prepare(image, self.bundle, self.space, alignment=alignment)
-        with _timed(timings, "network"):
-            normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
-            logits, raw_shares = self._run(normalised, progress, shares=shares)
-        with _timed(timings, "restore"):
-            mask, probability = restore(_core.softmax(logits), prepared)
-            expert_share = None
-            if raw_shares is not None:
-                found = _core.argmax(logits) != 0
-                expert_share = _mean_shares(
-                    raw_shares, {"lesion": found, "brain": prepared.brain}, self.bundle.modalities
-                )
-        return Segmentation(
-            mask=mask,
-            affine=image.affine,
-            probability=probability,
-            expert_share=expert_share,
-            timings=timings,
-            provenance=self._provenance(prepared),
-            source=source,
-        )
+        ready = self._ready(volume, reference, brain_mask, force=force)
+        return self._found(ready, progress, shares=shares)
+
+    def predict_batch(
+        self,
+        volumes: Iterable[Image],
+        *,
+        shares: bool = False,
+        reference: Alignment | None = None,
+        force: bool = False,
+    ) -> Generator[CaseResult, None, None]:
+        """Find the lesions of many images, one after the other; one bad image stops nothing.
+
+        Args:
+            volumes: Images as `predict` takes them. They are taken one at a time, on the caller's
+                thread, one ahead of the image whose result is asked for.
+            shares, reference, force: As for `predict`.
+
+        Yields:
+            A CaseResult for each image, in order, when it is asked for. While the network works on
+            one image, the next is read and prepared on one further thread: its timings for these
+            stages overlap the other's network. No more than that one image is held ready, so that
+            memory does not grow with the number of images.
+
+        A MomeError of an image, or too little memory for it, becomes its `error`. Anything else
+        is a defect and comes to the caller. Closing the generator ends the work.
+        """
+        self._check_native(reference=reference, force=force)
+        ready = partial(self._ready, reference=reference, force=force)
+        ahead: deque[tuple[Image, Future[_Ready]]] = deque()
+        with ThreadPoolExecutor(1, "mome-prepare") as reader:
+            for volume in volumes:
+                ahead.append((volume, reader.submit(ready, volume)))
+                if len(ahead) == 2:
+                    yield self._case(*ahead.popleft(), shares=shares)
+            while ahead:
+                yield self._case(*ahead.popleft(), shares=shares)
 
     def logits(self, x: ArrayLike, progress: Progress | None = None) -> NDArray[np.float32]:
         """Fused logits of an image that is prepared already.
@@ -237,6 +271,66 @@ class Segmenter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _ready(
+        self,
+        volume: Image,
+        reference: Alignment | None = None,
+        brain_mask: Image | None = None,
+        *,
+        force: bool = False,
+    ) -> _Ready:
+        """The steps before the network: read, register and prepare."""
+        timings: dict[str, float] = {}
+        with _timed(timings, "read"):
+            image, source = _opened(volume)
+        alignment = None
+        if self.space == "native":
+            with _timed(timings, "register"):
+                if reference is None:
+                    alignment = self._align(image, brain_mask, force=force)
+                else:
+                    check_image(image)
+                    alignment = align_to(reference, image, self.bundle, force=force)
+        with _timed(timings, "prepare"):
+            prepared = prepare(image, self.bundle, self.space, alignment=alignment)
+        return _Ready(prepared, image.affine, source, timings)
+
+    def _found(self, ready: _Ready, progress: Progress | None, *, shares: bool) -> Segmentation:
+        """The network and the way back."""
+        prepared, timings = ready.prepared, ready.timings
+        with _timed(timings, "network"):
+            normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
+            logits, raw_shares = self._run(normalised, progress, shares=shares)
+        with _timed(timings, "restore"):
+            mask, probability = restore(_core.softmax(logits), prepared)
+            expert_share = None
+            if raw_shares is not None:
+                found = _core.argmax(logits) != 0
+                expert_share = _mean_shares(
+                    raw_shares, {"lesion": found, "brain": prepared.brain}, self.bundle.modalities
+                )
+        return Segmentation(
+            mask=mask,
+            affine=ready.affine,
+            probability=probability,
+            expert_share=expert_share,
+            timings=timings,
+            provenance=self._provenance(prepared),
+            source=ready.source,
+        )
+
+    def _case(self, image: Image, ready: Future[_Ready], *, shares: bool) -> CaseResult:
+        try:
+            return CaseResult(image, self._found(ready.result(), None, shares=shares), None)
+        except MomeError as error:
+            problem = error
+        except MemoryError as error:
+            problem = out_of_memory(error)
+        finally:
+            del ready
+        _let_go(problem)
+        return CaseResult(image, None, problem)
 
     def _run(
         self, image: NDArray[np.float32], progress: Progress | None, *, shares: bool
@@ -347,6 +441,13 @@ def _matching(engine: Engine, device: str, precision: str) -> Engine:
             hint="Give the same device and precision.",
         )
     return engine
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free the arrays in the frames that an error went through: whoever keeps it keeps those."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
