@@ -161,17 +161,13 @@ def _predict_named(
     return _status(done, len(cases))
 
 
-def _preparation(
-    segmenter: Segmenter, folder: Path, options: argparse.Namespace
-) -> dict[str, Any]:
+def _preparation(segmenter: Segmenter, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of `Segmenter.predict`: the reference is registered once."""
     if options.reference is None:
         return {"brain_mask": options.brain_mask, "force": options.force}
     reference: Path = options.reference
     try:
-        alignment = segmenter.align(
-            reference, brain_mask=options.brain_mask, force=options.force
-        )
+        alignment = segmenter.align(reference, brain_mask=options.brain_mask, force=options.force)
     except PreparationError as error:
         draw_refusal(error, reference, folder / f"{reference.name}_refused.png", segmenter.bundle)
         raise
@@ -220,9 +216,7 @@ def _predict_collected(
                 f"--{name.replace('_', '-')} is given with a folder or a list.",
                 hint="It is of one session: name the images of that session one by one.",
             )
-    outcomes = run(
-        cases, options.output, settings, force=options.force, actors=options.ray or 0
-    )
+    outcomes = run(cases, options.output, settings, force=options.force, actors=options.ray or 0)
     done = earlier = 0
     with contextlib.redirect_stdout(sys.stderr), contextlib.closing(outcomes):
         for number, outcome in enumerate(outcomes, start=1):
