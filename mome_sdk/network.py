@@ -142,10 +142,19 @@ class MoME(nn.Module):
         experts = [torch.stack(maps, dim=1) for maps in zip(*per_expert, strict=True)]
         if not self.arch.gated:
             return MomeOutput(per_expert[0], experts, [torch.ones_like(e) for e in experts])
-        gate_levels, _ = self.gate(torch.cat((x, *features), dim=1), levels)
-        gates = [g.reshape(e.shape) for g, e in zip(gate_levels, experts, strict=True)]
+        gates = self._gates(x, features, levels)
         fused = [fuse(e, g) for e, g in zip(experts, gates, strict=True)]
         return MomeOutput(fused, experts, gates)
+
+    def gates(self, x: Tensor, levels: int = 1) -> list[Tensor]:
+        """The gate maps of `forward` without the rest of it: experts run their first stage only."""
+        stems = (expert.get_submodule("encoder.stages.0") for expert in self.experts)
+        return self._gates(x, [stem(x) for stem in stems], levels)
+
+    def _gates(self, x: Tensor, features: Sequence[Tensor], levels: int) -> list[Tensor]:
+        """Gate maps (B, E, N, D, H, W) from the image and the experts' first-stage features."""
+        maps, _ = self.gate(torch.cat((x, *features), dim=1), levels)
+        return [m.unflatten(1, (self.arch.experts, self.arch.classes)) for m in maps]
 
 
 def fuse(experts: Tensor, gates: Tensor) -> Tensor:

@@ -103,6 +103,18 @@ def test_gate_sees_the_image_and_every_first_stage():
             before = after
 
 
+def test_gates_alone_are_those_of_the_whole_network():
+    torch.manual_seed(0)
+    network = MoME(SMALL).eval()
+    image = torch.randn(2, 1, 8, 8, 8)
+    levels = len(SMALL.features) - 1
+    with torch.inference_mode():
+        expected, found = network(image, levels).gates, network.gates(image, levels)
+    assert len(found) == levels
+    for theirs, ours in zip(expected, found, strict=True):
+        assert torch.equal(theirs, ours)
+
+
 def test_one_expert_stands_alone():
     torch.manual_seed(0)
     network = MoME(Architecture((4, 8), (1, 2), (1, 1), (1,), experts=1)).eval()

@@ -1,1 +1,1 @@
-"""Training of MoME in PyTorch: experts first, then all jointly under the curriculum loss."""
+"""Training of MoME in PyTorch: experts, gate, then all jointly under the curriculum loss."""

@@ -15,7 +15,8 @@ from mome_sdk.errors import InputError
 
 from .config import TrainConfig, load_config
 from .evaluate import Case, evaluate, held_out_case, real_cases, table, write_case
-from .train import load_anatomies, train
+from .patches import load_anatomies
+from .train import train
 
 DEMO_CONFIG = Path(__file__).parent / "configs" / "demo.toml"
 
@@ -39,10 +40,10 @@ def command_line() -> argparse.ArgumentParser:
     parser = _Parser(prog="mome")
     commands = parser.add_subparsers(required=True)
 
-    train = commands.add_parser("train", help="train experts, then all networks jointly")
+    train = commands.add_parser("train", help="train experts, gate, then all networks jointly")
     train.add_argument("config", type=Path, metavar="CONFIG.toml")
     train.add_argument("-o", "--output", type=Path, required=True, metavar="RUN")
-    train.add_argument("--stage", choices=("experts", "joint", "all"), default="all")
+    train.add_argument("--stage", choices=("experts", "gate", "joint", "all"), default="all")
     train.add_argument("--experts", metavar="A,B", help="only these, in this order")
     train.set_defaults(run=_train)
 
@@ -78,7 +79,7 @@ def _config(args: argparse.Namespace) -> TrainConfig:
 
 def _train(args: argparse.Namespace) -> None:
     config = _config(args)
-    experts = _names(args.experts, config)
+    experts = _names(args.experts, config) if args.experts else config.expert_order()
     train(config, args.labelmaps, args.output, stage=args.stage, experts=experts)
 
 

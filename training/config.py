@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from mome_sdk.architecture import Architecture
@@ -34,8 +35,6 @@ class StageConfig:
         lr: Learning rate at step 0; it falls as (1 - step / steps) ** 0.9.
         optimizer: "adamw" or "sgd" (Nesterov, momentum 0.99, as published).
         weight_decay: For every parameter.
-        gate_lr: Learning rate of the gating network (joint stage).
-        warm_up: Steps of the joint stage at the start in which only the gate learns.
     """
 
     steps: int
@@ -45,8 +44,30 @@ class StageConfig:
     lr: float
     optimizer: str
     weight_decay: float
-    gate_lr: float = 0.0
-    warm_up: int = 0
+
+
+@dataclass(frozen=True)
+class GateConfig(StageConfig):
+    """The stage that teaches the gate which modality it looks at.
+
+    Attributes:
+        start: Modality of the expert whose weights the gate starts from.
+    """
+
+    start: str
+
+
+@dataclass(frozen=True)
+class JointConfig(StageConfig):
+    """The joint stage; `lr` is that of the experts.
+
+    Attributes:
+        gate_lr: Learning rate of the gating network.
+        warm_up: Steps at the start in which only the gate learns.
+    """
+
+    gate_lr: float
+    warm_up: int
 
 
 @dataclass(frozen=True)
@@ -146,9 +167,15 @@ class TrainConfig:
         modalities: In expert order.
         patch: Window (D, H, W), the same in training and inference: instance norm makes other
             windows give other results.
-        experts, continued, joint: Stage 1 of an expert from nothing, stage 1 of an expert that
-            starts from another one's weights, stage 2.
-        warm_start: Expert -> expert whose finished weights it starts from.
+        experts, continued, joint: The stage of an expert from nothing, each round of an expert that
+            starts from weights, the stage of all networks.
+        warm_start: Expert -> what each of its rounds starts from: first the finished weights of
+            another expert, in every further round its own ("T2": "FLAIR", "T2").
+        gate: The stage between experts and joint. The published training has none: without it the
+            joint stage starts with a gate that knows nothing.
+
+    Raises:
+        InputError: `argument.config`, an expert or the gate starts from what cannot be there.
     """
 
     name: str
@@ -162,10 +189,44 @@ class TrainConfig:
     loss: LossConfig
     experts: StageConfig
     continued: StageConfig
-    joint: StageConfig
-    warm_start: Mapping[str, str]
+    joint: JointConfig
+    warm_start: Mapping[str, tuple[str, ...]]
     synthesis: SynthesisConfig
     evaluation: EvaluationConfig
+    gate: GateConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name, rounds in self.warm_start.items():
+            self._check_modality("warm_start", name)
+            if rounds[:1] in ((), (name,)) or set(rounds[1:]) - {name}:
+                raise InputError(
+                    "argument.config",
+                    f"warm_start.{name} is {list(rounds)}.",
+                    hint=f"Another modality is expected, then {name!r} for every further round.",
+                )
+            self._check_modality(f"warm_start.{name}", rounds[0])
+        if self.gate:
+            self._check_modality("gate.start", self.gate.start)
+        self.expert_order()
+
+    def _check_modality(self, key: str, name: str) -> None:
+        if name not in self.modalities:
+            raise InputError(
+                "argument.config",
+                f"{key} names {name!r}.",
+                hint=f"The modalities are: {', '.join(self.modalities)}.",
+            )
+
+    def expert_order(self) -> list[str]:
+        """The modalities, each after the one whose expert it starts from."""
+        order: list[str] = []
+        while waiting := [name for name in self.modalities if name not in order]:
+            ready = [name for name in waiting if {*self.warm_start.get(name, ())[:1]} <= {*order}]
+            if not ready:
+                circle = ", ".join(waiting)
+                raise InputError("argument.config", f"warm_start goes in a circle: {circle}.")
+            order += ready
+        return order
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -198,6 +259,8 @@ def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) is UnionType:  # `X | None`: TOML has no null, an absent key is the None
+        return _convert(get_args(hint)[0], value, where)
     if is_dataclass(hint):
         if isinstance(value, Mapping):
             return _build(hint, value, where)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def curriculum_loss(
     *,
     progress: float,
     smooth: float = 1e-5,
-    processes: int = 1,
+    batch: int | None = None,
 ) -> Tensor:
     """f x (sum over samples of its own expert's loss) + (1 - f) x (loss of the fused output).
 
@@ -91,8 +91,8 @@ def curriculum_loss(
         weights: One per level, full resolution first.
         progress: epoch / total epochs, 0 to 1.
         smooth: See `dice_ce`.
-        processes: That share the batch and average their gradients: the mean of their sums, times
-            their number, is the sum over the whole batch.
+        batch: Samples of the whole batch, where these are one process's share of it and the
+            gradients of all shares are averaged by their size.
 
     The specialisation term is a sum over the batch and the fused term a mean, as in the published
     code; equation 2 of the paper is written for one image.
@@ -109,4 +109,25 @@ def curriculum_loss(
         )
         for b, expert in enumerate(modality)
     ]
-    return share * processes * torch.stack(own).sum() + (1.0 - share) * fused
+    whole = (batch or len(own)) / len(own)
+    return share * whole * torch.stack(own).sum() + (1.0 - share) * fused
+
+
+def routing_loss(
+    gates: Sequence[Tensor], modality: Sequence[int], weights: Sequence[float]
+) -> Tensor:
+    """How far gates are from 1 for each sample's own expert and 0 for the others.
+
+    Args:
+        gates: Gate maps (B, E, N, D, H, W) of every level, full resolution first.
+        modality: Expert index of each sample.
+        weights: One per level.
+
+    Returns:
+        A scalar: the squared difference, averaged over samples, experts, classes and voxels of a
+        level, summed over levels by weight. Ours; the published training has no such term.
+    """
+    own = functional.one_hot(torch.tensor(modality), gates[0].shape[1])
+    own = own.reshape(*own.shape, 1, 1, 1, 1)
+    terms = [w * ((level - own) ** 2).mean() for level, w in zip(gates, weights, strict=True)]
+    return torch.stack(terms).sum()

@@ -1,9 +1,14 @@
-"""Stage 1 trains the experts, stage 2 all networks jointly; both resume where they stopped.
+"""Three stages: the experts, the gate, all networks jointly; each resumes where it stopped.
 
-A run folder holds `experts/<modality>.safetensors`, then `joint/checkpoint.safetensors` and
-`run.json`; `mome import RUN -o BUNDLE` makes a bundle of it. Patches are drawn from seeds (run,
-stage, step), so a resumed run sees the patches that an uninterrupted one would have seen. Under
-torchrun the processes share every batch and step with the mean of their gradients.
+Experts, then all networks, is the published order. The gate stage between them is ours: it teaches
+the gate which modality it looks at. The published gate learns from the fused loss alone, in 800
+epochs; the few hundred steps of a demonstration are too few for that.
+
+A run folder holds `experts/<modality>.safetensors`, `joint/gate.safetensors`, then
+`joint/checkpoint.safetensors` and `run.json`; `mome import RUN -o BUNDLE` makes a bundle of it.
+Patches are drawn from seeds (run, stage, step), so a resumed run sees the patches that an
+uninterrupted one would have seen. Under torchrun the processes share every batch and step with the
+mean of their gradients.
 """
 
 from __future__ import annotations
@@ -15,9 +20,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,103 +34,34 @@ from mome_sdk.errors import BundleError, InputError
 from mome_sdk.files import write_file
 from mome_sdk.network import MoME, UNet
 
-from .anatomy import Anatomy, load_anatomy
-from .config import Index3, LossConfig, StageConfig, TrainConfig
-from .losses import curriculum_loss, deep_supervision, level_weights, targets_at_levels
-from .synth import synthesise
+from .anatomy import Anatomy
+from .config import LossConfig, StageConfig, TrainConfig
+from .losses import (
+    curriculum_loss,
+    deep_supervision,
+    level_weights,
+    routing_loss,
+    targets_at_levels,
+)
+from .patches import PatchSource, batch_of, load_anatomies, patch_source
 
 CLIP_NORM = 12.0  # nnU-Net 2.2; the joint stage clips the gate only (published trainer)
+JOINT_STREAM, GATE_STREAM = 100, 300  # of seeds; a round of an expert has 1 + index + 10 x round
 POLY_POWER = 0.9
-REPEAT_AFTER = 8  # every patch is used twice, the second time mirrored, this many steps later
 SAVE_EVERY = 50
-
-
-class Patch(NamedTuple):
-    """image (1, D, H, W); lesion and tissue (D, H, W); modality: expert index."""
-
-    image: Tensor
-    lesion: Tensor
-    tissue: Tensor
-    modality: int
-
-
-PatchSource = Callable[[int, int], Patch]
-
-
-def load_anatomies(config: TrainConfig, folder: Path, *, held_out: bool = False) -> list[Anatomy]:
-    """The label maps that train, or the held-out ones, from a folder of `<stem>.nii.gz`."""
-    stems = config.data.held_out if held_out else config.data.train
-    return [load_anatomy(folder / f"{stem}.nii.gz") for stem in stems]
-
-
-def patch_source(
-    config: TrainConfig,
-    stage: StageConfig,
-    anatomies: Sequence[Anatomy],
-    modalities: Sequence[int],
-    stream: int,
-) -> PatchSource:
-    """(step, number in the batch) -> patch, a function of the seeds alone.
-
-    The modalities take turns. Each patch comes twice, the second time mirrored. `stream` tells the
-    stages' seeds apart.
-    """
-
-    @lru_cache(maxsize=(REPEAT_AFTER + 1) * stage.batch)
-    def draw(step: int, number: int) -> Patch:
-        rng = np.random.default_rng([config.seed, stream, step, number])
-        modality = modalities[(step * stage.batch + number) % len(modalities)]
-        anatomy = anatomies[int(rng.integers(len(anatomies)))]
-        small = step < stage.small_steps
-        shape = stage.small_patch if small else config.patch
-        start = _box(anatomy, shape, rng, in_head=small)
-        name = config.modalities[modality]
-        sample = synthesise(anatomy, start, shape, name, config.synthesis, rng)
-        image, lesion, tissue = map(torch.from_numpy, (sample.image, sample.lesion, sample.tissue))
-        return Patch(image[None], lesion, tissue, modality)
-
-    def patch(step: int, number: int) -> Patch:
-        if (step // REPEAT_AFTER) % 2 == 0:
-            return draw(step, number)
-        first = draw(step - REPEAT_AFTER, number)
-        image, lesion, tissue = (volume.flip(-1) for volume in first[:3])  # left-right
-        return Patch(image, lesion, tissue, first.modality)
-
-    return patch
-
-
-def _box(anatomy: Anatomy, shape: Index3, rng: np.random.Generator, *, in_head: bool) -> Index3:
-    """First voxel of a random box; `in_head` asks for its centre to be in the head."""
-    grid = anatomy.tissue.shape
-    while True:
-        z, y, x = (int(rng.integers(0, g - s + 1)) for g, s in zip(grid, shape, strict=True))
-        if not in_head or anatomy.tissue[z + shape[0] // 2, y + shape[1] // 2, x + shape[2] // 2]:
-            return z, y, x
-
-
-def batch_of(source: PatchSource, step: int, batch: int) -> tuple[Tensor, ...]:
-    """Images (B, 1, D, H, W), lesions, tissues (B, D, H, W), modalities (B,) of one step.
-
-    B is `batch`, or this process's share of it.
-    """
-    patches = [source(step, number) for number in range(_rank(), batch, _processes())]
-    images = torch.stack([p.image for p in patches]).contiguous(
-        memory_format=torch.channels_last_3d
-    )
-    lesions = torch.stack([p.lesion for p in patches])
-    tissues = torch.stack([p.tissue for p in patches]).long()
-    return images, lesions, tissues, torch.tensor([p.modality for p in patches])
 
 
 class ExpertLoss(nn.Module):
     """One expert with its auxiliary tissue head; the head is thrown away after training."""
 
-    def __init__(self, expert: UNet, features: int, levels: int, loss: LossConfig) -> None:
+    def __init__(
+        self, expert: UNet, features: int, weights: Sequence[float], loss: LossConfig
+    ) -> None:
         super().__init__()
         self.expert = expert
         self.tissue_head = nn.Conv3d(features, 4, 1)
         self.loss = loss
-        self.weights = level_weights(loss.levels, drop_coarsest=loss.levels == levels)
+        self.weights = weights
         self.last_features: Tensor | None = None
         expert.decoder.stages[-1].register_forward_hook(self._keep)
 
@@ -149,77 +84,155 @@ def train_expert(
 ) -> None:
     """Stage 1: one expert alone on its modality; writes `experts/<modality>.safetensors`.
 
+    With a `warm_start` it has one round for each entry, of which all but the last leave
+    `experts/<modality>-<number>.safetensors`, numbered from 1. The learning rate restarts.
+
     Raises:
-        BundleError: `bundle.missing`, the expert to start from (`warm_start`) is not finished.
+        BundleError: `bundle.missing`, the expert to start from is not finished.
     """
-    finished = run / "experts" / f"{modality}.safetensors"
-    if finished.exists():
+    if _finished(run / "experts" / f"{modality}.safetensors"):
         return
-    index = config.modalities.index(modality)
-    torch.manual_seed(config.seed * 10 + index)
-    arch = config.architecture
-    expert = UNet(arch, arch.in_channels, arch.classes)
-    stage = config.experts
-    if modality in config.warm_start:
-        expert.load_state_dict(_load_expert(run, config.warm_start[modality]))
-        stage = config.continued
-    model = ExpertLoss(expert, arch.features[0], arch.stages - 1, config.loss)
+    starts = config.warm_start.get(modality, ())
+    names = [*(f"{modality}-{number}" for number in range(1, len(starts))), modality]
+    stage = config.continued if starts else config.experts
+    for number, name in enumerate(names):
+        if _finished(run / "experts" / f"{name}.safetensors"):
+            continue
+        index = config.modalities.index(modality)
+        torch.manual_seed(config.seed * 10 + index)
+        arch = config.architecture
+        expert = UNet(arch, arch.in_channels, arch.classes)
+        if starts:
+            start = names[number - 1] if number else starts[0]
+            expert.load_state_dict(_load_expert(run, start))
+        source = patch_source(config, stage, anatomies, [index], 1 + index + 10 * number)
+        _train_alone(expert, source, config, stage, run / "experts" / name)
+
+
+def _train_alone(
+    expert: UNet, source: PatchSource, config: TrainConfig, stage: StageConfig, where: Path
+) -> None:
+    features = config.architecture.features[0]
+    model = ExpertLoss(expert, features, _level_weights(config), config.loss)
     groups = [{"params": list(model.parameters()), "lr": stage.lr}]
-    source = patch_source(config, stage, anatomies, [index], 1 + index)
 
     def loss_of(step: int) -> Tensor:
-        images, lesions, tissues, _ = batch_of(source, step, stage.batch)
+        images, lesions, tissues, _ = batch_of(source, step, _share(stage.batch))
         loss: Tensor = model(images, lesions, tissues)
         return loss
 
-    _optimise(model, model, groups, stage, loss_of, run / "experts" / modality)
-    _save_tensors(expert, finished)
+    _optimise(model, model, groups, stage, loss_of, where)
+    _save_tensors(expert, where.with_suffix(".safetensors"))
+
+
+def train_gate(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) -> None:
+    """Stage 2, ours: the gate alone learns whose image it sees; writes `joint/gate.safetensors`.
+
+    Its maps learn to be 1 for the expert of the image's modality and 0 for the others, everywhere
+    (`routing_loss`). It starts from an expert's weights. The experts stay as they are, and only
+    their first stages are computed, which is what makes a step cheap.
+
+    Raises:
+        BundleError: `bundle.missing`, an expert is not finished.
+        InputError: `argument.config`, the configuration has no gate stage.
+    """
+    stage, where = config.gate, run / "joint" / "gate"
+    if stage is None:
+        raise InputError("argument.config", "The configuration has no [gate] to train.")
+    if _finished(where.with_suffix(".safetensors")):
+        return
+    model = _with_experts(config, run)
+    model.experts.requires_grad_(False)
+    _start_from_expert(model, config.modalities.index(stage.start))
+    groups = [{"params": list(model.gate.parameters()), "lr": stage.lr}]
+    weights = _level_weights(config)
+    source = patch_source(config, stage, anatomies, range(model.arch.experts), GATE_STREAM)
+
+    def loss_of(step: int) -> Tensor:
+        images, _, _, modalities = batch_of(source, step, _share(stage.batch))
+        return routing_loss(model.gates(images, len(weights)), modalities.tolist(), weights)
+
+    _optimise(model.gate, model.gate, groups, stage, loss_of, where)
+    _save_tensors(model.gate, where.with_suffix(".safetensors"))
 
 
 def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) -> None:
-    """Stage 2: all networks under the curriculum loss; writes `joint/checkpoint.safetensors`.
+    """Stage 3: all networks under the curriculum loss; writes `joint/checkpoint.safetensors`.
 
     In the first `warm_up` steps only the gate learns, from the fused loss; then the curriculum runs
     from the experts' own losses to the fused loss (paper, equation 2).
 
     Raises:
-        BundleError: `bundle.missing`, an expert is not finished.
+        BundleError: `bundle.missing`, an expert or the gate is not finished.
     """
     finished = run / "joint" / "checkpoint.safetensors"
-    if finished.exists():
+    if _finished(finished):
         return
-    torch.manual_seed(config.seed)
-    arch, stage = config.architecture, config.joint
-    model = MoME(arch)
-    for expert, modality in zip(model.experts, config.modalities, strict=True):
-        expert.load_state_dict(_load_expert(run, modality))
-    _start_as_average(model)
+    stage = config.joint
+    model = _with_experts(config, run)
+    if config.gate is None:
+        _start_as_average(model)
+    else:
+        gate = _load(run / "joint" / "gate.safetensors", "The gate", "gate stage")
+        model.gate.load_state_dict(gate)
     groups = [
         {"params": list(model.experts.parameters()), "lr": stage.lr},
         {"params": list(model.gate.parameters()), "lr": stage.gate_lr},
     ]
-    weights = level_weights(config.loss.levels, drop_coarsest=config.loss.levels == arch.stages - 1)
-    source = patch_source(config, stage, anatomies, range(arch.experts), 100)
+    weights = _level_weights(config)
+    source = patch_source(config, stage, anatomies, range(model.arch.experts), JOINT_STREAM)
 
     def loss_of(step: int) -> Tensor:
         frozen = step < stage.warm_up
         model.experts.requires_grad_(not frozen)
         progress = 1.0 if frozen else (step - stage.warm_up) / (stage.steps - stage.warm_up)
-        images, lesions, _, modalities = batch_of(source, step, stage.batch)
+        images, lesions, _, modalities = batch_of(source, step, _share(stage.batch))
         return curriculum_loss(
-            model(images, config.loss.levels),
+            model(images, len(weights)),
             lesions,
             modalities.tolist(),
             weights,
             progress=progress,
             smooth=config.loss.dice_smooth,
-            processes=_processes(),
+            batch=stage.batch,
         )
 
     _optimise(model, model.gate, groups, stage, loss_of, run / "joint" / "train")
     if _rank() == 0:
         _write_record(config, run)
     _save_tensors(model, finished)
+
+
+def _with_experts(config: TrainConfig, run: Path) -> MoME:
+    """The network with its trained experts; the gate is random."""
+    torch.manual_seed(config.seed)
+    model = MoME(config.architecture)
+    for expert, modality in zip(model.experts, config.modalities, strict=True):
+        expert.load_state_dict(_load_expert(run, modality))
+    return model
+
+
+def _level_weights(config: TrainConfig) -> list[float]:
+    """One for every level with a loss; the last is 0 where they are all levels, as published."""
+    levels = config.loss.levels
+    return level_weights(levels, drop_coarsest=levels == config.architecture.stages - 1)
+
+
+def _start_from_expert(model: MoME, index: int) -> None:
+    """The gate takes over an expert's weights, and starts as the average of all.
+
+    Of its first convolution that is the image's part; the part that sees the experts' features
+    keeps a tenth of its random weights.
+    """
+    gate = model.gate.state_dict()
+    first, images = "encoder.stages.0.0.convs.0.conv.weight", model.arch.in_channels
+    for name, weight in model.experts[index].state_dict().items():
+        if gate[name].shape == weight.shape:
+            gate[name].copy_(weight)
+        elif name == first:
+            gate[first][:, :images] = weight
+            gate[first][:, images:] *= 0.1
+    _start_as_average(model)
 
 
 def _start_as_average(model: MoME) -> None:
@@ -251,7 +264,7 @@ def _optimise(
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(step)
         loss.backward()
-        losses.append(_average(model, loss.detach()))
+        losses.append(_average(model, loss.detach(), stage.batch))
         nn.utils.clip_grad_norm_(clipped.parameters(), CLIP_NORM)
         optimizer.step()
         if len(losses) == SAVE_EVERY or step + 1 == stage.steps:
@@ -271,17 +284,23 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def _average(model: nn.Module, loss: Tensor) -> float:
-    """The mean loss of all processes; the mean of their gradients takes the place of each one's.
+def _share(batch: int) -> range:
+    """The patches of a batch that are this process's."""
+    return range(_rank(), batch, _processes())
 
-    Every process has gradients for the same parameters: which ones, depends on the step alone.
+
+def _average(model: nn.Module, loss: Tensor, batch: int) -> float:
+    """The loss of the whole batch; its gradients take the place of those of this process's share.
+
+    Both are the mean over processes, each weighted with its share of the batch. Every process has
+    gradients for the same parameters: which ones, depends on the step alone.
     """
     if _processes() == 1:
         return float(loss)
     gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
     flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
+    flat *= len(_share(batch)) / batch
     dist.all_reduce(flat)
-    flat /= _processes()
     parts = flat[1:].split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view(gradient.shape))
@@ -315,17 +334,32 @@ def _save_tensors(model: nn.Module, path: Path) -> None:
     if _rank() == 0:
         tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
         write_file(path, save(tensors))
+    _meet()  # the next stage of every process reads the file
+
+
+def _finished(path: Path) -> bool:
+    """Whether the file is there, with the same answer in all processes."""
+    there = path.exists()
+    _meet()  # none writes it before all have looked
+    return there
+
+
+def _meet() -> None:
     if dist.is_initialized():
-        dist.barrier()  # the next stage of every process reads the file
+        dist.barrier()
 
 
-def _load_expert(run: Path, modality: str) -> dict[str, Tensor]:
-    path = run / "experts" / f"{modality}.safetensors"
+def _load_expert(run: Path, name: str) -> dict[str, Tensor]:
+    path = run / "experts" / f"{name}.safetensors"
+    return _load(path, f"Expert {name}", f"experts stage for {name}")
+
+
+def _load(path: Path, what: str, stage: str) -> dict[str, Tensor]:
     if not path.exists():
         raise BundleError(
             "bundle.missing",
-            f"Expert {modality} is not trained yet: {path} does not exist.",
-            hint=f"Run the experts stage for {modality} first.",
+            f"{what} is not trained yet: {path} does not exist.",
+            hint=f"Run the {stage} first.",
         )
     return load_file(path)
 
@@ -352,6 +386,8 @@ def _write_record(config: TrainConfig, run: Path) -> None:
             "expert_order": "order by training configuration",
             "expert_steps": config.experts.steps,
             "continued_steps": config.continued.steps,
+            "warm_start": config.warm_start,
+            "gate_steps": config.gate.steps if config.gate else 0,
             "joint_steps": config.joint.steps,
             "torch": torch.__version__.split("+")[0],
         },
@@ -362,7 +398,7 @@ def _write_record(config: TrainConfig, run: Path) -> None:
 def train(
     config: TrainConfig, labelmaps: Path, run: Path, *, stage: str, experts: Iterable[str]
 ) -> None:
-    """Run a stage ("experts", "joint" or "all") into a run folder.
+    """Run a stage ("experts", "gate", "joint" or "all") into a run folder.
 
     Args:
         config: Of the run.
@@ -373,8 +409,9 @@ def train(
             share a run folder if they train different experts.
 
     Raises:
-        BundleError: `bundle.missing`, an expert that is needed is not finished.
-        InputError: `argument.config`, the processes of torchrun cannot share a batch evenly.
+        BundleError: `bundle.missing`, an expert or a gate that is needed is not finished.
+        InputError: `argument.config`, a batch has fewer patches than torchrun started processes, or
+            there is no gate stage to run.
     """
     for folder in ("experts", "joint"):
         (run / folder).mkdir(parents=True, exist_ok=True)
@@ -383,6 +420,8 @@ def train(
         if stage in ("experts", "all"):
             for modality in experts:
                 train_expert(config, modality, anatomies, run)
+        if stage == "gate" or (stage == "all" and config.gate):
+            train_gate(config, anatomies, run)
         if stage in ("joint", "all"):
             train_joint(config, anatomies, run)
 
@@ -395,12 +434,12 @@ def _process_group(config: TrainConfig) -> Iterator[None]:
         return
     dist.init_process_group("gloo")
     try:
-        for stage in (config.experts, config.continued, config.joint):
-            if stage.batch % _processes():
+        for stage in (config.experts, config.continued, config.gate, config.joint):
+            if stage is not None and stage.batch < _processes():
                 raise InputError(
                     "argument.config",
                     f"A batch of {stage.batch} cannot be shared by {_processes()} processes.",
-                    hint="Every batch of the configuration must be a multiple of their number.",
+                    hint="Start as many as the smallest batch of the configuration, or fewer.",
                 )
         yield
     finally:

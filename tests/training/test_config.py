@@ -28,6 +28,16 @@ def test_demo_config_has_the_five_modalities_in_expert_order():
         ("patch = [80, 80, 80]", "patch = [80, 80]", "patch"),
         ("noise = [0.005, 0.04]", "noise = 0.1", "noise"),
         ("seed = 2024", "seed = ", "TOML"),
+        ("gate_lr = 2e-3", "", "gate_lr"),
+        ("gate_lr = 2e-3", "gate_lr = 2e-3\nstart = 'T1'", "start"),
+        ('start = "FLAIR"', 'start = "PD"', "gate.start names 'PD'"),
+        ('DWI = ["FLAIR"]', 'DWI = "FLAIR"', "warm_start.DWI"),
+        ('DWI = ["FLAIR"]', 'PD = ["FLAIR"]', "warm_start names 'PD'"),
+        ('DWI = ["FLAIR"]', 'DWI = ["PD"]', "warm_start.DWI names 'PD'"),
+        ('DWI = ["FLAIR"]', "DWI = []", r"warm_start.DWI is \[\]"),
+        ('DWI = ["FLAIR"]', 'DWI = ["DWI"]', "warm_start.DWI is"),
+        ('DWI = ["FLAIR"]', 'DWI = ["FLAIR", "T1"]', "warm_start.DWI is"),
+        ('DWI = ["FLAIR"]', 'FLAIR = ["T2"]', "circle: T2, FLAIR"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, old: str, new: str, found: str):
@@ -38,3 +48,15 @@ def test_a_wrong_key_is_named(tmp_path: Path, old: str, new: str, found: str):
     with pytest.raises(InputError, match=found) as caught:
         load_config(path)
     assert caught.value.code == "argument.config"
+
+
+def test_experts_come_after_those_they_start_from():
+    assert load_config(DEMO_CONFIG).expert_order() == ["T1", "FLAIR", "T1ce", "T2", "DWI"]
+
+
+def test_the_gate_stage_may_be_left_out(tmp_path: Path):
+    text = DEMO_CONFIG.read_text()
+    before, gate, after = text.partition("[gate]")
+    (tmp_path / "config.toml").write_text(before + "[joint]" + after.partition("[joint]")[2])
+    assert gate
+    assert load_config(tmp_path / "config.toml").gate is None

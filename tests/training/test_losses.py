@@ -16,6 +16,7 @@ from mome_sdk.training.losses import (
     deep_supervision,
     dice_ce,
     level_weights,
+    routing_loss,
     targets_at_levels,
 )
 
@@ -81,3 +82,27 @@ def test_both_terms_and_their_blend_are_the_authors(case, output, target):
 def test_curriculum_falls_with_the_square_of_what_is_left(case):
     assert curriculum_weight(case["r"]) == pytest.approx(case["w_specialisation"])
     assert [curriculum_weight(r) for r in (0.0, 0.5, 1.0)] == [1.0, 0.25, 0.0]
+
+
+def test_shares_of_a_batch_add_up_to_its_loss():
+    torch.manual_seed(0)
+    experts, gates = torch.randn(2, 3, 2, 2, 4, 4, 4)
+    target = torch.randint(2, (3, 4, 4, 4))
+
+    def loss(samples: slice) -> torch.Tensor:
+        e, g = experts[samples], gates[samples]
+        output = MomeOutput([(e * g).sum(1)], [e], [g])
+        own = [0, 1, 1][samples]
+        return curriculum_loss(output, target[samples], own, [1.0], progress=0.5, batch=3)
+
+    shares = 2 / 3 * loss(slice(0, 2)) + 1 / 3 * loss(slice(2, 3))
+    torch.testing.assert_close(shares, loss(slice(0, 3)))
+
+
+def test_routing_loss_is_the_distance_from_the_own_expert_alone():
+    own = torch.zeros(2, 5, 2, 4, 4, 4)
+    own[0, 3] = own[1, 0] = 1.0
+    even = torch.full((2, 5, 2, 2, 2, 2), 0.2)
+    assert float(routing_loss([own], [3, 0], [1.0])) == 0.0
+    assert float(routing_loss([own], [0, 3], [1.0])) == pytest.approx(2 / 5)
+    assert float(routing_loss([own, even], [3, 0], [0.75, 0.25])) == pytest.approx(0.25 * 0.16)

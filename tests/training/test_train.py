@@ -1,8 +1,9 @@
-"""The two stages on a tiny head, and one joint step against the authors' gradients."""
+"""The stages on a tiny head, and one joint step against the authors' gradients."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pickle
@@ -14,19 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from labelmap import write_labelmap
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.errors import BundleError
+from mome_sdk.errors import BundleError, InputError
 from mome_sdk.export.checkpoint import import_checkpoint
-from mome_sdk.network import MoME
+from mome_sdk.network import MoME, UNet
 from mome_sdk.segmenter import Segmenter
 from mome_sdk.training import train as training
 from mome_sdk.training.__main__ import DEMO_CONFIG
-from mome_sdk.training.config import TrainConfig, load_config
+from mome_sdk.training.config import GateConfig, JointConfig, TrainConfig, load_config
 from mome_sdk.training.losses import curriculum_loss, level_weights
+from mome_sdk.training.patches import load_anatomies, patch_source
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "a"
 
@@ -34,7 +37,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "a"
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
     demo = load_config(DEMO_CONFIG)
-    stage = dataclasses.replace(demo.experts, steps=3, small_steps=2, small_patch=(8, 8, 8))
+    stage = dataclasses.replace(demo.experts, steps=2, small_steps=1, small_patch=(8, 8, 8))
     return dataclasses.replace(
         demo,
         modalities=("T1", "FLAIR"),
@@ -44,8 +47,9 @@ def config() -> TrainConfig:
         loss=dataclasses.replace(demo.loss, levels=2),
         experts=stage,
         continued=stage,
-        joint=dataclasses.replace(stage, steps=4, warm_up=2, gate_lr=1e-3),
-        warm_start={"FLAIR": "T1"},
+        gate=GateConfig(**dataclasses.asdict(stage), start="T1"),
+        joint=JointConfig(**{**dataclasses.asdict(stage), "steps": 3}, warm_up=1, gate_lr=1e-3),
+        warm_start={"FLAIR": ("T1", "FLAIR")},
     )
 
 
@@ -77,31 +81,169 @@ def test_a_run_becomes_a_bundle_that_predicts(run, config, tmp_path):
 def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     run, config, labelmaps, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(training, "SAVE_EVERY", 2)
-    original = training.batch_of
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
+    original, reached, interruptions = training.batch_of, itertools.count(), 0
 
-    def stop(source, step, batch):
-        if step == 2:
+    def stop(source, step, numbers):
+        # Every part of the run comes to this step twice: it stops there and resumes there.
+        if step == 1 and next(reached) % 2 == 0:
             raise KeyboardInterrupt
-        return original(source, step, batch)
+        return original(source, step, numbers)
 
-    for stage, interrupted in (
-        ("experts", True),
-        ("experts", False),
-        ("joint", True),
-        ("joint", False),
-    ):
-        monkeypatch.setattr(training, "batch_of", stop if interrupted else original)
-        if interrupted:
-            with pytest.raises(KeyboardInterrupt):
-                training.train(config, labelmaps, tmp_path, stage=stage, experts=config.modalities)
-        else:
-            training.train(config, labelmaps, tmp_path, stage=stage, experts=config.modalities)
-    first, second = (
-        load_file(folder / "joint" / "checkpoint.safetensors") for folder in (run, tmp_path)
+    monkeypatch.setattr(training, "batch_of", stop)
+    while not (tmp_path / "joint" / "checkpoint.safetensors").exists():
+        try:
+            training.train(config, labelmaps, tmp_path, stage="all", experts=config.modalities)
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions == 5  # an expert, two rounds of another one, gate, joint
+    assert_same_weights(run, tmp_path, exactly=True)
+
+
+def assert_same_weights(first: Path, second: Path, *, exactly: bool) -> None:
+    files = sorted(path.relative_to(first) for path in first.rglob("*.safetensors"))
+    assert len(files) == 5
+    for file in files:
+        expected, found = load_file(first / file), load_file(second / file)
+        for name, tensor in expected.items():
+            atol = 0.0 if exactly else 1e-5
+            torch.testing.assert_close(found[name], tensor, atol=atol, rtol=0.0, msg=name)
+
+
+# ---- rounds of an expert
+
+
+def random_expert(config: TrainConfig, path: Path, seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    path.parent.mkdir(exist_ok=True)
+    expert = UNet(config.architecture, 1, 2)
+    save_file(expert.state_dict(), path)
+    return expert.state_dict()
+
+
+def standing_still(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, continued=dataclasses.replace(config.continued, lr=0.0))
+
+
+def test_the_first_round_starts_from_another_expert(config, labelmaps, tmp_path):
+    expected = random_expert(config, tmp_path / "experts" / "T1.safetensors", seed=1)
+    anatomies = load_anatomies(config, labelmaps)
+    training.train_expert(standing_still(config), "FLAIR", anatomies, tmp_path)
+    for name in ("FLAIR-1", "FLAIR"):
+        found = load_file(tmp_path / "experts" / f"{name}.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_the_next_round_starts_from_the_round_before(config, labelmaps, tmp_path):
+    expected = random_expert(config, tmp_path / "experts" / "FLAIR-1.safetensors", seed=2)
+    anatomies = load_anatomies(config, labelmaps)
+    training.train_expert(standing_still(config), "FLAIR", anatomies, tmp_path)
+    found = load_file(tmp_path / "experts" / "FLAIR.safetensors")
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_every_part_of_a_run_has_its_own_patches(config, labelmaps, tmp_path, monkeypatch):
+    firsts = []
+
+    def first_patch(*args):
+        source = patch_source(*args)
+        firsts.append(source(0, 0).image)
+        return source
+
+    monkeypatch.setattr(training, "patch_source", first_patch)
+    monkeypatch.setattr(training, "_optimise", lambda *_: None)
+    training.train(config, labelmaps, tmp_path, stage="all", experts=config.modalities)
+    assert len(firsts) == 5
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(firsts, 2))
+
+
+def test_an_expert_does_not_start_from_an_unfinished_one(config, labelmaps, tmp_path):
+    with pytest.raises(BundleError, match="Expert T1 is not trained") as caught:
+        training.train(config, labelmaps, tmp_path, stage="experts", experts=["FLAIR"])
+    assert caught.value.code == "bundle.missing"
+
+
+# ---- the gate
+
+
+def test_the_gate_learns_the_modality_and_leaves_the_experts_alone(
+    config, labelmaps, tmp_path, monkeypatch
+):
+    stage = dataclasses.replace(config.gate, steps=12, small_steps=12, lr=2e-2)
+    architecture = dataclasses.replace(config.architecture, features=(8, 16, 16))
+    config = dataclasses.replace(config, gate=stage, architecture=architecture)
+    experts = [
+        random_expert(config, tmp_path / "experts" / f"{name}.safetensors", seed)
+        for seed, name in enumerate(config.modalities)
+    ]
+    models = []
+    with_experts, batch_of = training._with_experts, training.batch_of
+    monkeypatch.setattr(
+        training, "_with_experts", lambda *args: models.append(with_experts(*args)) or models[0]
     )
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
+    # One batch again and again: what a few steps can learn.
+    monkeypatch.setattr(
+        training, "batch_of", lambda source, _, numbers: batch_of(source, 0, numbers)
+    )
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
+    training.train(config, labelmaps, tmp_path, stage="gate", experts=())
+    rows = (tmp_path / "joint" / "gate.csv").read_text().split()
+    losses = [float(row.split(",")[1]) for row in rows]
+    assert losses[0] == pytest.approx(0.25, abs=0.005)  # 1 / 2 everywhere, of two experts
+    assert losses[-1] < 0.2
+    for expert, before in zip(models[0].experts, experts, strict=True):
+        assert all(torch.equal(value, before[key]) for key, value in expert.state_dict().items())
+
+
+def test_the_gate_starts_from_an_expert_as_the_average(config):
+    torch.manual_seed(0)
+    model = MoME(config.architecture)
+    before = {key: value.clone() for key, value in model.gate.state_dict().items()}
+    training._start_from_expert(model, 1)
+    first = "encoder.stages.0.0.convs.0.conv.weight"
+    expert, gate = model.experts[1].state_dict(), model.gate.state_dict()
+    assert torch.equal(gate[first][:, :1], expert[first])
+    torch.testing.assert_close(gate[first][:, 1:], 0.1 * before[first][:, 1:])
+    for name, weight in expert.items():
+        assert name == first or ".seg_layers." in name or torch.equal(gate[name], weight), name
+    with torch.no_grad():
+        fused, experts, _ = model(torch.randn(1, 1, 16, 16, 16))
+    mean = experts[0].mean(dim=1)
+    assert float((fused[0] - mean).abs().mean()) < 0.2 * float(mean.abs().mean())
+
+
+def test_the_joint_stage_starts_with_the_trained_gate(run, config, labelmaps, tmp_path):
+    shutil.copytree(run / "experts", tmp_path / "experts")
+    with pytest.raises(BundleError, match="The gate is not trained yet") as caught:
+        training.train(config, labelmaps, tmp_path, stage="joint", experts=())
+    assert caught.value.code == "bundle.missing"
+    shutil.copy(run / "joint" / "gate.safetensors", tmp_path / "joint")
+    still = dataclasses.replace(config.joint, lr=0.0, gate_lr=0.0)
+    config = dataclasses.replace(config, joint=still)
+    training.train(config, labelmaps, tmp_path, stage="joint", experts=())
+    found = load_file(tmp_path / "joint" / "checkpoint.safetensors")
+    gate = load_file(run / "joint" / "gate.safetensors")
+    assert all(torch.equal(found[f"gate.{key}"], value) for key, value in gate.items())
+
+
+def test_a_run_may_have_no_gate_stage(run, config, labelmaps, tmp_path):
+    config = dataclasses.replace(config, gate=None)
+    shutil.copytree(run / "experts", tmp_path / "experts")
+    training.train(config, labelmaps, tmp_path, stage="all", experts=config.modalities)
+    assert (tmp_path / "joint" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "joint" / "gate.safetensors").exists()
+    with pytest.raises(InputError, match=r"\[gate\]") as caught:
+        training.train(config, labelmaps, tmp_path, stage="gate", experts=())
+    assert caught.value.code == "argument.config"
+
+
+def test_the_record_says_how_the_run_was_made(run):
+    record = json.loads((run / "run.json").read_text())["training"]
+    assert record["warm_start"] == {"FLAIR": ["T1", "FLAIR"]}
+    assert (record["continued_steps"], record["gate_steps"], record["joint_steps"]) == (2, 2, 3)
+
+
+# ---- several processes
 
 
 SHARED = """
@@ -110,12 +252,12 @@ from pathlib import Path
 from mome_sdk.training.train import train
 
 config, labelmaps = pickle.loads(Path(sys.argv[1]).read_bytes())
-train(config, labelmaps, Path(sys.argv[1]).parent, stage="joint", experts=())
+train(config, labelmaps, Path(sys.argv[1]).parent, stage="all", experts=config.modalities)
 """
 
 
 def two_processes(config: TrainConfig, labelmaps: Path, run: Path) -> subprocess.CompletedProcess:
-    """The joint stage under torchrun."""
+    """What is left of a run, under torchrun."""
     (run / "arguments.pickle").write_bytes(pickle.dumps((config, labelmaps)))
     (run / "shared.py").write_text(SHARED)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
@@ -125,42 +267,82 @@ def two_processes(config: TrainConfig, labelmaps: Path, run: Path) -> subprocess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("warm_up", [1, 0], ids=["mean form: fused loss", "summed form: own loss"])
-def test_two_processes_have_the_gradients_of_the_doubled_batch(
-    run, config, labelmaps, tmp_path, warm_up
-):
-    joint = {"steps": 1, "warm_up": warm_up, "batch": 4, "optimizer": "sgd", "weight_decay": 0.0}
-    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, **joint))
+def test_two_processes_have_the_gradients_of_one(run, config, labelmaps, tmp_path):
+    """The first step has the fused loss (a mean), the second the experts' own (a sum)."""
+    joint = {"steps": 2, "warm_up": 1, "batch": 3, "lr": 0.0, "gate_lr": 0.0}
+    joint = dataclasses.replace(config.joint, **joint, optimizer="sgd", weight_decay=0.0)
+    config = dataclasses.replace(config, joint=joint)
     gradients = []
     for name in ("one", "two"):
-        shutil.copytree(run / "experts", tmp_path / name / "experts")
+        before = shutil.ignore_patterns("train.*", "checkpoint.*")
+        shutil.copytree(run, tmp_path / name, ignore=before)
         if name == "one":
             training.train(config, labelmaps, tmp_path / name, stage="joint", experts=())
         else:
             done = two_processes(config, labelmaps, tmp_path / name)
             assert done.returncode == 0, done.stderr
-            assert done.stderr.count("train: step 1") == 1  # one process reports
+            assert done.stderr.count("train: step 2") == 1  # one process reports
         state = torch.load(tmp_path / name / "joint" / "train.state.pt")
-        # After one step and without weight decay SGD's momentum is the gradient.
+        # Of weights that stay where they are, SGD's momentum adds up the gradients.
         gradients.append({k: v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()})
     assert gradients[0].keys() == gradients[1].keys()
-    assert max(float(gradient.abs().max()) for gradient in gradients[0].values()) > 0.05
+    experts = state["optimizer"]["param_groups"][0]["params"]
+    for of_experts in (True, False):
+        part = [g for index, g in gradients[0].items() if (index in experts) == of_experts]
+        assert max(float(gradient.abs().max()) for gradient in part) > 0.05
     for index, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][index], gradient, atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
-def test_a_batch_that_two_processes_cannot_share_is_refused(config, labelmaps, tmp_path):
-    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, batch=3))
-    done = two_processes(config, labelmaps, tmp_path)
-    assert done.returncode != 0
-    assert "A batch of 3 cannot be shared by 2 processes" in done.stderr
+def test_two_processes_finish_what_one_began(config, labelmaps, tmp_path, monkeypatch):
+    """All stages, from the middle of an expert on; batches that they do not share evenly."""
+    stages = {
+        name: dataclasses.replace(getattr(config, name), batch=3, optimizer="sgd")
+        for name in ("experts", "continued", "gate", "joint")
+    }
+    config = dataclasses.replace(config, **stages)
+    training.train(config, labelmaps, tmp_path / "one", stage="all", experts=config.modalities)
+    original = training.batch_of
+
+    def stop(source, step, numbers):
+        if step == 1 and (tmp_path / "two" / "experts" / "FLAIR-1.safetensors").exists():
+            raise KeyboardInterrupt
+        return original(source, step, numbers)
+
+    monkeypatch.setattr(training, "SAVE_EVERY", 1)
+    monkeypatch.setattr(training, "batch_of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(config, labelmaps, tmp_path / "two", stage="all", experts=config.modalities)
+    done = two_processes(config, labelmaps, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    reports = [line.split(":")[0] for line in done.stderr.splitlines() if ": step " in line]
+    assert reports == ["FLAIR", "gate", "train"]
+    assert_same_weights(tmp_path / "one", tmp_path / "two", exactly=False)
+
+
+def test_a_batch_that_two_processes_cannot_share_is_refused(
+    config, labelmaps, tmp_path, monkeypatch
+):
+    left = []
+    monkeypatch.setattr(training, "_processes", lambda: 2)
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_: None)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
+    config = dataclasses.replace(config, joint=dataclasses.replace(config.joint, batch=1))
+    with pytest.raises(InputError, match="A batch of 1 cannot be shared by 2 processes") as caught:
+        training.train(config, labelmaps, tmp_path, stage="all", experts=config.modalities)
+    assert caught.value.code == "argument.config"
+    assert left
+
+
+# ---- patches and losses
 
 
 def test_modalities_take_turns(config, labelmaps):
-    anatomies = training.load_anatomies(config, labelmaps)
+    anatomies = load_anatomies(config, labelmaps)
     stage = dataclasses.replace(config.joint, batch=3)
-    source = training.patch_source(config, stage, anatomies, (0, 1), 100)
+    source = patch_source(config, stage, anatomies, (0, 1), 100)
     patches = [source(step, number) for step in range(2) for number in range(3)]
     assert [patch.modality for patch in patches] == [0, 1, 0, 1, 0, 1]
 
