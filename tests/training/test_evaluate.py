@@ -99,9 +99,10 @@ def test_an_unknown_modality_is_named(labelmaps, tmp_path):
     assert caught.value.code == "argument.modality"
 
 
+@pytest.mark.slow
 def test_real_scans_and_their_masks_share_the_model_grid(data_dir, tiny_bundle):
     """Lesions of FLAIR are bright: a mask that lay elsewhere would not show it."""
-    for case in real_cases(data_dir, tiny_bundle.grid):
+    for case in real_cases(data_dir, tiny_bundle):
         assert case.image.shape == case.lesion.shape == (160, 196, 160)
         brain = case.image > 0
         lesion = case.lesion == 1
