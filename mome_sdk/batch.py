@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from typing import Any
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.cases import Case
 from mome_sdk.errors import EngineError, InputError, MomeError
-from mome_sdk.files import make_folders, write_file
+from mome_sdk.files import make_folders, remove_file, write_file
 from mome_sdk.results import Results, Row, state_of
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
@@ -47,7 +48,7 @@ class Outcome:
 
 
 def run(
-    cases: Sequence[Case], folder: Path, settings: Mapping[str, Any], *, actors: int = 0
+    cases: Sequence[Case], folder: Path, settings: Mapping[str, Any], *, ray: int | None = None
 ) -> Generator[Outcome, None, None]:
     """Segment cases into a folder; what an earlier run did there is not done again.
 
@@ -55,7 +56,7 @@ def run(
         cases: What to read and write; see `collected_cases`.
         folder: Where all their files go, with `manifest.jsonl` and `results.csv` (see Results).
         settings: The arguments of the Segmenter, as JSON values.
-        actors: 0 to work in this process; else the number of Ray actors, each with a Segmenter
+        ray: None to work in this process; else the number of Ray actors, each with a Segmenter
             of its own, on the machines of RAY_ADDRESS or, without that, on this one.
 
     Yields:
@@ -66,14 +67,16 @@ def run(
         InputError: `argument.output`, as Results; `argument.ray`, the number of actors.
         BundleError, EngineError, InputError: as Segmenter. `engine.missing`: Ray is not installed.
     """
-    if actors < 0:
+    if ray is not None and ray < 1:
         raise InputError(
-            "argument.ray", f"The number of actors is {actors}.", hint="1 or more is expected."
+            "argument.ray", f"The number of actors is {ray}.", hint="1 or more is expected."
         )
-    bundle = ModelBundle.load(settings.get("model", "demo"))
+    call = inspect.signature(Segmenter).bind(**settings)
+    call.apply_defaults()
+    bundle = ModelBundle.load(call.arguments["model"])
     wanted = {name: path is not None for name, path in cases[0].outputs.items()}
     options = {
-        **{name: value for name, value in settings.items() if name not in _NEUTRAL},
+        **{name: value for name, value in call.arguments.items() if name not in _NEUTRAL},
         **{name: wanted[name] for name in ("probability", "report")},
         "bundle_sha256": bundle.sha256,
         "mome_sdk": version("mome-sdk"),
@@ -90,8 +93,8 @@ def run(
         if any(case.bids for case in cases):
             _describe_dataset(folder)
         outcomes = (
-            _in_actors(waiting, settings, actors)
-            if actors
+            _in_actors(waiting, settings, ray)
+            if ray
             else _in_this_process(waiting, {**settings, "model": bundle})
         )
         with contextlib.closing(outcomes):
@@ -122,7 +125,7 @@ def _written(case: Case, segmentation: Segmentation) -> Outcome:
         case.save(segmentation)
     except MomeError as error:
         for path in case.files:
-            path.unlink(missing_ok=True)
+            remove_file(path)
         return _failed(case, error)
     made = segmentation.provenance
     lesions = segmentation.lesions

@@ -187,7 +187,7 @@ def _predict_collected(
     Ray writes messages of its own on standard output: they go where errors go.
     """
     out = sys.stdout
-    outcomes = run(cases, options.output, settings, actors=options.ray or 0)
+    outcomes = run(cases, options.output, settings, ray=options.ray)
     done = earlier = 0
     with contextlib.redirect_stdout(sys.stderr), contextlib.closing(outcomes):
         for number, outcome in enumerate(outcomes, start=1):
