@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pickle
+import socket
 import traceback
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -269,9 +270,7 @@ def _ray() -> Iterator[Any]:
     local = address == "local"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if (
-        address == "local"
-    ):  # the name of the switch tells where Ray has it by default: loopback only
+    if local:  # loopback only, which Ray does by itself on the systems that the switch is named for
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -285,6 +284,7 @@ def _ray() -> Iterator[Any]:
     ours = not ray.is_initialized()
     if ours:
         try:
+            _check_reachable(address)
             ray.init(
                 address,
                 include_dashboard=False if local else None,
@@ -292,10 +292,10 @@ def _ray() -> Iterator[Any]:
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
             )
-        except ConnectionError as error:
+        except OSError as error:
             raise EngineError(
                 "engine.ray",
-                f"There is no Ray at RAY_ADDRESS, {address!r}.",
+                f"There is no Ray at RAY_ADDRESS, {address!r}: {error}.",
                 hint="Correct it, or unset it to work on this machine.",
             ) from error
     context = ray.data.DataContext.get_current()
@@ -307,6 +307,13 @@ def _ray() -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Find out in seconds that nobody listens at host:port: Ray would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
 
 
 def _share_of(resource: str, actors: int, nodes: Sequence[Mapping[str, Any]]) -> float:

@@ -7,11 +7,13 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -304,6 +306,21 @@ def test_without_ray_its_extra_is_named(
     assert 'pip install "mome-sdk[ray]"' in capsys.readouterr().err
 
 
+def test_a_ray_that_does_not_answer_is_named(
+    tmp_path: Path, predict: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    fill(tmp_path / "scans", 1)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
+    monkeypatch.setitem(sys.modules, "ray.data", SimpleNamespace())
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{unheard.getsockname()[1]}")
+        assert predict(tmp_path / "scans", "-o", tmp_path / "out", "--ray", "1") == 2
+    said = capsys.readouterr().err
+    assert "[engine.ray]" in said
+    assert "Connection refused" in said
+
+
 @pytest.mark.parametrize(
     ("resource", "actors", "nodes", "share"),
     [
@@ -418,8 +435,9 @@ def test_what_is_wrong_for_every_case_stops_a_run_in_ray(
 ) -> None:
     fill(tmp_path / "scans", 2)
     cases = cases_of(tmp_path / "scans", tmp_path / "out")
+    settings = settings_of(tiny_bundle, engine="onnxruntime", precision="fp8")
     with pytest.raises(MomeError, match="fp8") as refusal:
-        list(run(cases, tmp_path / "out", settings_of(tiny_bundle, precision="fp8"), ray=1))
+        list(run(cases, tmp_path / "out", settings, ray=1))
     assert refusal.value.code == "engine.precision"
     with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
         list(run([like(cases[0], Defective)], tmp_path / "out", settings_of(tiny_bundle), ray=1))
