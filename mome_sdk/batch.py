@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import math
 import os
 import pickle
+import socket
 import traceback
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -19,7 +21,7 @@ from typing import Any
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.cases import Case, draw_refusal
 from mome_sdk.errors import EngineError, InputError, MomeError
-from mome_sdk.files import make_folders, write_file
+from mome_sdk.files import make_folders, remove_file, write_file
 from mome_sdk.results import Results, Row, state_of
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
@@ -52,7 +54,7 @@ def run(
     settings: Mapping[str, Any],
     *,
     force: bool = False,
-    actors: int = 0,
+    ray: int | None = None,
 ) -> Generator[Outcome, None, None]:
     """Segment cases into a folder; what an earlier run did there is not done again.
 
@@ -61,7 +63,7 @@ def run(
         folder: Where all their files go, with `manifest.jsonl` and `results.csv` (see Results).
         settings: The arguments of the Segmenter, as JSON values.
         force: Go on where a check of the preparation says no; see `Segmenter.predict`.
-        actors: 0 to work in this process; else the number of Ray actors, each with a Segmenter
+        ray: None to work in this process; else the number of Ray actors, each with a Segmenter
             of its own, on the machines of RAY_ADDRESS or, without that, on this one.
 
     Yields:
@@ -72,14 +74,16 @@ def run(
         InputError: `argument.output`, as Results; `argument.ray`, the number of actors.
         BundleError, EngineError, InputError: as Segmenter. `engine.missing`: Ray is not installed.
     """
-    if actors < 0:
+    if ray is not None and ray < 1:
         raise InputError(
-            "argument.ray", f"The number of actors is {actors}.", hint="1 or more is expected."
+            "argument.ray", f"The number of actors is {ray}.", hint="1 or more is expected."
         )
-    bundle = ModelBundle.load(settings.get("model", "demo"))
+    call = inspect.signature(Segmenter).bind(**settings)
+    call.apply_defaults()
+    bundle = ModelBundle.load(call.arguments["model"])
     wanted = {name: path is not None for name, path in cases[0].outputs.items()}
     options = {
-        **{name: value for name, value in settings.items() if name not in _NEUTRAL},
+        **{name: value for name, value in call.arguments.items() if name not in _NEUTRAL},
         **{name: wanted[name] for name in ("probability", "report")},
         "force": force,
         "bundle_sha256": bundle.sha256,
@@ -97,8 +101,8 @@ def run(
         if any(case.bids for case in cases):
             _describe_dataset(folder)
         outcomes = (
-            _in_actors(waiting, settings, actors, force=force)
-            if actors
+            _in_actors(waiting, settings, ray, force=force)
+            if ray
             else _in_this_process(waiting, {**settings, "model": bundle}, force=force)
         )
         with contextlib.closing(outcomes):
@@ -132,7 +136,7 @@ def _written(case: Case, segmentation: Segmentation, bundle: ModelBundle) -> Out
         case.save(segmentation, bundle)
     except MomeError as error:
         for path in case.files:
-            path.unlink(missing_ok=True)
+            remove_file(path)
         return _failed(case, error)
     made = segmentation.provenance
     lesions = segmentation.lesions
@@ -280,9 +284,7 @@ def _ray() -> Iterator[Any]:
     local = address == "local"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if (
-        address == "local"
-    ):  # the name of the switch tells where Ray has it by default: loopback only
+    if local:  # loopback only, which Ray does by itself on the systems that the switch is named for
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
@@ -296,6 +298,7 @@ def _ray() -> Iterator[Any]:
     ours = not ray.is_initialized()
     if ours:
         try:
+            _check_reachable(address)
             ray.init(
                 address,
                 include_dashboard=False if local else None,
@@ -303,10 +306,10 @@ def _ray() -> Iterator[Any]:
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
             )
-        except ConnectionError as error:
+        except OSError as error:
             raise EngineError(
                 "engine.ray",
-                f"There is no Ray at RAY_ADDRESS, {address!r}.",
+                f"There is no Ray at RAY_ADDRESS, {address!r}: {error}.",
                 hint="Correct it, or unset it to work on this machine.",
             ) from error
     context = ray.data.DataContext.get_current()
@@ -318,6 +321,13 @@ def _ray() -> Iterator[Any]:
     finally:
         if ours:
             ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Find out in seconds that nobody listens at host:port: Ray would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
 
 
 def _share_of(resource: str, actors: int, nodes: Sequence[Mapping[str, Any]]) -> float:

@@ -216,7 +216,7 @@ def _predict_collected(
                 f"--{name.replace('_', '-')} is given with a folder or a list.",
                 hint="It is of one session: name the images of that session one by one.",
             )
-    outcomes = run(cases, options.output, settings, force=options.force, actors=options.ray or 0)
+    outcomes = run(cases, options.output, settings, force=options.force, ray=options.ray)
     done = earlier = 0
     with contextlib.redirect_stdout(sys.stderr), contextlib.closing(outcomes):
         for number, outcome in enumerate(outcomes, start=1):

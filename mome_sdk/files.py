@@ -85,6 +85,12 @@ def make_folders(folder: Path) -> None:
     make_folder(folder)
 
 
+def remove_file(path: Path) -> None:
+    """Remove a file that means nothing any more, where there is one and that is allowed."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def _part_of(path: Path) -> Path:
     """A hidden name beside `path` that no other process or thread uses."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from mome_sdk.errors import InputError
-from mome_sdk.files import check_writable, make_folder, write_file
+from mome_sdk.files import check_writable, make_folder, remove_file, write_file
 
 Row: TypeAlias = dict[str, Any]
 
@@ -82,7 +82,7 @@ class Results:
             if row["status"] == "failed" and row["code"].partition(".")[0] in _OF_THE_IMAGE:
                 return row
         for name in row["files"]:
-            (self.folder / name).unlink(missing_ok=True)
+            remove_file(self.folder / name)
         return None
 
     def add(self, row: Row, image: tuple[int, int] | None) -> Row:
@@ -197,7 +197,7 @@ class Results:
     def _remove_parts(self) -> None:
         """Remove what `write_file` left when a run was killed: this run is alone here."""
         for part in self.folder.rglob(".*.part"):
-            part.unlink(missing_ok=True)
+            remove_file(part)
 
     def _append(self, value: dict[str, Any]) -> int:
         place = self._file.seek(0, os.SEEK_END)
