@@ -162,8 +162,9 @@ def evaluate(
     for case in cases:
         if case.name in done:
             continue
-        own = OwnExpertEngine(network.experts[bundle.modalities.index(case.modality)])
-        row = evaluate_case(case, bundle, fused, own, threads)
+        expert = network.experts[bundle.modalities.index(case.modality)]
+        assert isinstance(expert, UNet)
+        row = evaluate_case(case, bundle, fused, OwnExpertEngine(expert), threads)
         rows.append(row)
         with results.open("a", newline="") as file:
             csv.writer(file).writerow([*row[:3], *(f"{v:.4f}" for v in (*row[3:6], *row.baseline))])
