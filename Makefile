@@ -20,7 +20,7 @@ slow: $(VENV)/test
 # What can be measured without a GPU, with the demonstration model; tables, JSON and charts in build/bench.
 bench: $(VENV)/bench
 	mkdir -p build
-	for suite in engines kernels window end-to-end cold-start; do \
+	for suite in engines kernels window end-to-end cold-start preprocess; do \
 	  $(BIN)/mome bench $$suite -o build/bench || exit; \
 	done
 

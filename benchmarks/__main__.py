@@ -25,6 +25,7 @@ SUITES = {
     "window": ("our sliding window, nnU-Net's and MONAI's around one network", (5, 1)),
     "end-to-end": ("an image from .nii.gz to .nii.gz, by stage", (5, 1)),
     "cold-start": ("process start to the first window, by stage", (10, 5)),
+    "preprocess": ("reading, registration and the way back, by stage", (3, 3)),
     "gpu": ("the published predictor, PyTorch and MONAI on a CUDA device", (10, 5)),
 }
 # Suite -> what its --engines may name.
@@ -95,12 +96,18 @@ def _add_options(suite: argparse.ArgumentParser, name: str) -> None:
     suite.add_argument("--rounds", type=_rounds, metavar="N", help="measurements of every row")
     if name == "kernels":
         return
+    if name == "preprocess":
+        suite.add_argument(
+            "scans", type=Path, nargs="*", metavar="SCAN",
+            help="NIfTI files in their native space (default: the bundled example)",
+        )  # fmt: skip
     model = suite.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="BUNDLE", help="bundle folder or .zip (default: demo)")
-    model.add_argument(
-        "--full-size", action="store_true",
-        help="the published size with random weights; the bundle, 0.75 GB, stays in DIR",
-    )  # fmt: skip
+    if name != "preprocess":
+        model.add_argument(
+            "--full-size", action="store_true",
+            help="the published size with random weights; the bundle, 0.75 GB, stays in DIR",
+        )  # fmt: skip
     if name in CONTENDERS:
         suite.add_argument(
             "--engines", metavar="A,B", help=f"only these of {', '.join(CONTENDERS[name])}"
@@ -128,7 +135,7 @@ def _suite(options: argparse.Namespace) -> Callable[[], Table]:
         )
     only = _only(options) if options.suite in CONTENDERS else None
     bundle = _bundle(options)
-    rounds = options.rounds or SUITES[options.suite][1][options.full_size]
+    rounds = options.rounds or SUITES[options.suite][1][_is_full_size(options)]
     if options.suite == "gpu":
         from . import gpu
 
@@ -146,13 +153,21 @@ def _suite(options: argparse.Namespace) -> Callable[[], Table]:
         from . import cold_start
 
         return partial(cold_start.run, bundle, only=only, **common)
+    if options.suite == "preprocess":
+        from . import preprocess
+
+        return partial(preprocess.run, bundle, options.scans, **common)
     from . import engines
 
     return partial(engines.run, bundle, only=only, **common)
 
 
+def _is_full_size(options: argparse.Namespace) -> bool:
+    return getattr(options, "full_size", False)
+
+
 def _bundle(options: argparse.Namespace) -> ModelBundle:
-    if options.full_size:
+    if _is_full_size(options):
         from .models import full_size_bundle
 
         return full_size_bundle(options.output / "full-size.bundle")

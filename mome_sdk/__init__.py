@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from mome_sdk.errors import MomeError
     from mome_sdk.nifti import read_nifti, write_nifti
     from mome_sdk.segmentation import Lesion, Segmentation
-    from mome_sdk.segmenter import Segmenter
+    from mome_sdk.segmenter import CaseResult, Segmenter
     from mome_sdk.sliding_window import SlidingWindow
     from mome_sdk.volume import Grid, Volume
 
 # Where each public name lives; loaded when it is first used, so that importing costs nothing.
 _HOMES = {
+    "CaseResult": "segmenter",
     "Grid": "volume",
     "Lesion": "segmentation",
     "ModelBundle": "bundle",
@@ -33,6 +34,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CaseResult",
     "Grid",
     "Lesion",
     "ModelBundle",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import platform
@@ -11,28 +12,34 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
 from mome_sdk import _core
+from mome_sdk.batch import run
 from mome_sdk.bundle import ModelBundle
+from mome_sdk.cases import Case, collected_cases, draw_refusal, is_collection, named_cases
 from mome_sdk.engines import ENGINES
-from mome_sdk.errors import EngineError, InputError, MomeError
-from mome_sdk.files import check_writable, make_folder, write_file
+from mome_sdk.errors import EngineError, InputError, MomeError, PreparationError, out_of_memory
+from mome_sdk.files import check_writable, make_folder
 from mome_sdk.nifti import NOTICE, read_nifti
 from mome_sdk.options import BENCH, COMMON, TRAINING, parser
-from mome_sdk.report import headline, lesion_table, picture, report
+from mome_sdk.report import headline, lesion_table
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
 
 DONE, DEFECT, REFUSED, SOME_FAILED, INTERRUPTED = 0, 1, 2, 3, 130
 BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
+# The options of `mome predict` that are arguments of the Segmenter.
+_SETTINGS = (
+    *("model", "engine", "device", "precision", "space", "registration", "mirror"),
+    *("step", "blend", "batch", "threads"),
+)
 _EXAMPLE = Path(__file__).parent / "data" / "example"
 
 
@@ -40,18 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status: 0, 1, 2, 3 or 130 as in the README."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name of a file is bytes that need not be text: say it as JSON and Python would.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _dispatch(arguments)
         sys.stdout.flush()
     except MomeError as error:
         status = _refuse(error, debug=debug)
     except MemoryError as error:
-        problem = MomeError(
-            "engine.out-of-memory",
-            f"There is not enough memory ({error}).",
-            hint="Free some, or use a smaller --batch.",
-        )
-        status = _refuse(problem, debug=debug)
+        status = _refuse(out_of_memory(error), debug=debug)
     except SystemExit as end:  # argparse after -h and --version
         status = end.code if isinstance(end.code, int) else REFUSED
     except KeyboardInterrupt:
@@ -108,139 +113,141 @@ def _refuse(error: MomeError, *, debug: bool, about: str = "") -> int:
     """Say in one line what is wrong."""
     if debug:
         traceback.print_exc()
-    text = f"{about}{error.message} {error.hint}".strip()
-    print(f"mome: error [{error.code}]: {_one_line(text)}", file=sys.stderr)
+    _print_error(error.code, f"{about}{error.message} {error.hint}")
     return REFUSED
+
+
+def _print_error(code: str, text: str) -> None:
+    print(f"mome: error [{code}]: {_one_line(text)}", file=sys.stderr)
 
 
 def _one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One input and the files to write for it."""
-
-    image: Path
-    mask: Path
-    probability: Path | None = None
-    picture: Path | None = None
-    report: Path | None = None
-
-    @property
-    def outputs(self) -> dict[str, Path | None]:
-        return {
-            "output": self.mask,
-            "probability": self.probability,
-            "picture": self.picture,
-            "report": self.report,
-        }
-
-
 def _predict(options: argparse.Namespace) -> int:
-    jobs = _jobs(options)
-    with Segmenter(
-        options.model,
-        options.engine,
-        device=options.device,
-        precision=options.precision,
-        space=options.space,
-        mirror=options.mirror,
-        step=options.step,
-        blend=options.blend,
-        batch=options.batch,
-        threads=options.threads,
-    ) as segmenter:
-        failed = [job for job in jobs if not _predict_one(segmenter, job, options, len(jobs))]
-    if not failed:
-        return DONE
-    return SOME_FAILED if len(failed) < len(jobs) else REFUSED
-
-
-def _predict_one(segmenter: Segmenter, job: _Job, options: argparse.Namespace, inputs: int) -> bool:
-    """Segment one input and write its files; False, and one line said, when it cannot be used."""
-    files = {name: str(path) if path else None for name, path in job.outputs.items()}
-    try:
-        with _Progress(job.image.name) as progress:
-            result = segmenter.predict(job.image, progress, shares=options.report)
-        _write(job, result)
-    except MomeError as error:
-        about = f"{job.image.name}: " if inputs > 1 else ""
-        _refuse(error, debug="debug" in options, about=about)
-        if options.json:
-            said = {"code": error.code, "message": error.message, "hint": error.hint}
-            _print_json({"input": str(job.image), "error": said})
-        return False
-    if options.json:
-        _print_json({"input": str(job.image), **files, **result.as_json()})
-    else:
-        _print_result(job, result, verbose="verbose" in options)
-    return True
-
-
-def _write(job: _Job, result: Segmentation) -> None:
-    result.save(job.mask)
-    if job.probability is not None:
-        result.save_probability(job.probability)
-    if job.picture is not None and job.report is not None:
-        png = picture(read_nifti(job.image), result)
-        write_file(job.picture, png)
-        write_file(job.report, report(result, png, title=job.image.name).encode("utf-8"))
-
-
-def _jobs(options: argparse.Namespace) -> list[_Job]:
-    """What to read and write, checked as far as can be known before any work."""
-    inputs: list[Path] = options.inputs
-    if len(inputs) == 1:
-        jobs = [_job(inputs[0], options.output, options)]
-    else:
-        folder: Path = options.output
-        make_folder(folder)
-        jobs = [_job(path, folder / f"{_stem(path)}.nii.gz", options) for path in inputs]
-    seen: dict[Path, Path] = {}
-    images = {path.resolve(): path for path in inputs}
-    for job in jobs:
-        for path in filter(None, job.outputs.values()):
-            if path.resolve() in seen:
-                raise InputError(
-                    "argument.output",
-                    f"{str(path)!r} would be written for {str(seen[path.resolve()])!r} and for "
-                    f"{str(job.image)!r}.",
-                    hint="Inputs with the same name need a folder each.",
-                )
-            if path.resolve() in images:
-                raise InputError(
-                    "argument.output",
-                    f"The output {str(path)!r} is the input image itself.",
-                    hint="Scans are never overwritten: name another file or folder.",
-                )
-            check_writable(path)
-            seen[path.resolve()] = job.image
-    return jobs
-
-
-def _job(image: Path, mask: Path, options: argparse.Namespace) -> _Job:
-    if not mask.name.endswith((".nii", ".nii.gz")):
-        raise InputError(
-            "argument.output",
-            f"The output for one input is named {str(mask)!r}.",
-            hint="A file whose name ends in .nii or .nii.gz is expected.",
+    settings = {name: getattr(options, name) for name in _SETTINGS}
+    wanted = {"probability": options.probability, "report": options.report}
+    collections = [path for path in options.inputs if is_collection(path)]
+    if not collections:
+        if options.ray is not None:
+            raise InputError(
+                "argument.ray",
+                "Actors were asked for, but no folder or list of images.",
+                hint="Leave out --ray, or name a folder or a list.",
+            )
+        return _predict_named(
+            named_cases(options.inputs, options.output, **wanted), settings, options
         )
-    base = mask.with_name(_stem(mask))
-    return _Job(
-        image,
-        mask,
-        probability=base.with_name(f"{base.name}_probability.nii.gz")
-        if options.probability
-        else None,
-        picture=base.with_name(f"{base.name}.png") if options.report else None,
-        report=base.with_name(f"{base.name}.html") if options.report else None,
+    if len(options.inputs) > 1:
+        raise InputError(
+            "argument.input",
+            f"{str(collections[0])!r} stands beside other inputs.",
+            hint="Name one folder or one list, or images only.",
+        )
+    return _predict_collected(
+        collected_cases(collections[0], options.output, **wanted), settings, options
     )
 
 
-def _stem(path: Path) -> str:
-    """The file's name without .nii or .nii.gz."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+def _predict_named(
+    cases: Sequence[Case], settings: dict[str, Any], options: argparse.Namespace
+) -> int:
+    with Segmenter(**settings) as segmenter:
+        preparation = _preparation(segmenter, cases[0].mask.parent, options)
+        done = sum(
+            _predict_one(segmenter, case, options, preparation, inputs=len(cases)) for case in cases
+        )
+    return _status(done, len(cases))
+
+
+def _preparation(segmenter: Segmenter, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `Segmenter.predict`: the reference is registered once."""
+    if options.reference is None:
+        return {"brain_mask": options.brain_mask, "force": options.force}
+    reference: Path = options.reference
+    try:
+        alignment = segmenter.align(reference, brain_mask=options.brain_mask, force=options.force)
+    except PreparationError as error:
+        draw_refusal(error, reference, folder / f"{reference.name}_refused.png", segmenter.bundle)
+        raise
+    return {"reference": alignment, "force": options.force}
+
+
+def _predict_one(
+    segmenter: Segmenter,
+    case: Case,
+    options: argparse.Namespace,
+    preparation: Mapping[str, Any],
+    *,
+    inputs: int,
+) -> bool:
+    """Segment one input and write its files; False, and one line said, when it cannot be used."""
+    try:
+        with _Progress(case.image.name) as progress:
+            result = segmenter.predict(case.image, progress, shares=options.report, **preparation)
+        case.save(result, segmenter.bundle)
+    except MomeError as error:
+        draw_refusal(error, case.image, case.refused, segmenter.bundle)
+        about = f"{case.image.name}: " if inputs > 1 else ""
+        _refuse(error, debug="debug" in options, about=about)
+        if options.json:
+            _print_json(case.refusal(error))
+        return False
+    if options.json:
+        _print_json(case.record(result))
+    else:
+        _print_result(case, result, verbose="verbose" in options)
+    return True
+
+
+def _predict_collected(
+    cases: Sequence[Case], settings: dict[str, Any], options: argparse.Namespace
+) -> int:
+    """Segment a folder or a list: a line for each case of this run, at the end how many there are.
+
+    Ray writes messages of its own on standard output: they go where errors go.
+    """
+    out = sys.stdout
+    for name in ("reference", "brain_mask"):
+        if getattr(options, name) is not None:
+            raise InputError(
+                "argument.input",
+                f"--{name.replace('_', '-')} is given with a folder or a list.",
+                hint="It is of one session: name the images of that session one by one.",
+            )
+    outcomes = run(cases, options.output, settings, force=options.force, ray=options.ray)
+    done = earlier = 0
+    with contextlib.redirect_stdout(sys.stderr), contextlib.closing(outcomes):
+        for number, outcome in enumerate(outcomes, start=1):
+            row = outcome.row
+            done += row["status"] == "done"
+            earlier += outcome.record is None
+            if outcome.record is None:
+                continue
+            if options.json:
+                _print_json(outcome.record, out)
+            elif row["status"] == "done":
+                print(
+                    f"{number}/{len(cases)} {outcome.case.name}: {row['lesions']} lesions, "
+                    f"{row['volume_ml']:.2f} mL. {sum(row['seconds'].values()):.1f} s",
+                    file=out,
+                    flush=True,
+                )
+            if row["status"] == "failed":
+                _print_error(row["code"], f"{outcome.case.name}: {row['message']}")
+    print(
+        f"{done} of {len(cases)} images are done, {len(cases) - done} were refused; {earlier} of "
+        f"them by an earlier run. {options.output / 'results.csv'} has a row for each. {NOTICE}.",
+        file=sys.stderr if options.json else out,
+    )
+    return _status(done, len(cases))
+
+
+def _status(done: int, inputs: int) -> int:
+    if done == inputs:
+        return DONE
+    return SOME_FAILED if done else REFUSED
 
 
 class _Progress:
@@ -269,15 +276,15 @@ class _Progress:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+def _print_json(value: dict[str, Any], out: TextIO | None = None) -> None:
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=out, flush=True)
 
 
-def _print_result(job: _Job, result: Segmentation, *, verbose: bool) -> None:
-    written = ", ".join(str(path) for path in job.outputs.values() if path)
+def _print_result(case: Case, result: Segmentation, *, verbose: bool) -> None:
+    written = ", ".join(str(path) for path in case.files)
     made = result.provenance
     print(
-        f"{job.image} -> {written}\n"
+        f"{case.image} -> {written}\n"
         f"{headline(result)} "
         f"{sum(result.timings.values()):.1f} s with {made['engine']}, {made['precision']}, "
         f"{made['windows']} windows, mirroring {made['mirror']}. {NOTICE}.",
@@ -296,17 +303,18 @@ def _print_result(job: _Job, result: Segmentation, *, verbose: bool) -> None:
 def _demo(options: argparse.Namespace) -> int:
     folder: Path = options.output
     make_folder(folder)
-    job = _Job(
+    case = Case(
+        "demo",
         _EXAMPLE / "flair.nii.gz",
         folder / "lesions.nii.gz",
         picture=folder / "lesions.png",
         report=folder / "lesions.html",
     )
-    for path in filter(None, job.outputs.values()):
+    for path in case.files:
         check_writable(path)
     with Segmenter("demo") as segmenter, _Progress("demo") as progress:
-        result = segmenter.predict(job.image, progress, shares=True)
-    _write(job, result)
+        result = segmenter.predict(case.image, progress, shares=True)
+    case.save(result, segmenter.bundle)
     known = read_nifti(_EXAMPLE / "lesion.nii.gz").array > 0
     print(f"Demonstration model and generated example. {NOTICE}.\n")
     print(lesion_table(result.lesions))
@@ -317,8 +325,7 @@ def _demo(options: argparse.Namespace) -> int:
     made = result.provenance
     print(
         f"\n{made['engine']}, {made['precision']}, {made['windows']} windows, mirroring "
-        f"{made['mirror']}.\nWritten: "
-        + ", ".join(str(path) for path in job.outputs.values() if path)
+        f"{made['mirror']}.\nWritten: " + ", ".join(str(path) for path in case.files)
     )
     return DONE
 

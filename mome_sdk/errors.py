@@ -33,7 +33,16 @@ class BundleError(MomeError):
 
 
 class PreparationError(MomeError):
-    """A preparation step ran, but its check says no: `registration.*`, `brain.*`."""
+    """A preparation step ran, but its check says no: `registration.*`, `brain.*`.
+
+    Attributes:
+        attempt: What was refused, for a picture of it: the `preprocess.pipeline.Prepared` of a
+            check that says no, None where there is none.
+    """
+
+    def __init__(self, code: str, message: str, *, hint: str = "", attempt: object = None) -> None:
+        super().__init__(code, message, hint=hint)
+        self.attempt = attempt
 
 
 class EngineError(MomeError, RuntimeError):
@@ -50,3 +59,12 @@ class PeerError(MomeError):
     def __init__(self, code: str, message: str, *, hint: str = "", retryable: bool = False) -> None:
         super().__init__(code, message, hint=hint)
         self.retryable = retryable
+
+
+def out_of_memory(error: MemoryError) -> EngineError:
+    """What to tell the user when an allocation was refused."""
+    return EngineError(
+        "engine.out-of-memory",
+        f"There is not enough memory ({error}).",
+        hint="Free some, or use a smaller --batch.",
+    )

@@ -78,6 +78,19 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
+def make_folders(folder: Path) -> None:
+    """Make a folder and those that it lies in: errors as `make_folder`."""
+    if not folder.parent.is_dir():
+        make_folders(folder.parent)
+    make_folder(folder)
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that means nothing any more, where there is one and that is allowed."""
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
 def _part_of(path: Path) -> Path:
     """A hidden name beside `path` that no other process or thread uses."""
     return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.part")

@@ -11,6 +11,7 @@ from mome_sdk.engines import ENGINES
 from mome_sdk.errors import InputError
 from mome_sdk.nifti import NOTICE
 from mome_sdk.preprocess.pipeline import SPACES
+from mome_sdk.preprocess.register import METHODS
 from mome_sdk.segmenter import MIRRORS
 
 # Commands of the training package, which reads their options itself.
@@ -94,17 +95,33 @@ def _add_predict_options(predict: _Parser) -> None:
     predict.formatter_class = argparse.RawDescriptionHelpFormatter
     predict.description = (
         "Find lesions in brain MR images; each mask lies on the grid of its own image.\n"
-        "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI."
+        "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI.\n"
+        "Or many of them: a folder or a list of images, see below."
+    )
+    predict.epilog = (
+        "A folder is searched at any depth, but for hidden files. Of a BIDS dataset the T1w, T2w\n"
+        "and FLAIR images in anat and single-volume dwi images are taken, none from derivatives\n"
+        "and sourcedata. A list is a .txt file with a path in each line, or a .csv file with the\n"
+        "column image; paths start from the list's folder. OUT repeats the tree of the images\n"
+        "(BIDS: sub-1/anat/sub-1_space-T1w_desc-lesion_mask.nii.gz) and has a row for each image\n"
+        "in results.csv. The same command again does what is not done yet and images that have\n"
+        "changed; an image that was refused for what it is waits until it changes."
     )
     option = predict.add_argument
-    option("inputs", metavar="INPUT", type=Path, nargs="+", help="one image or several")
+    option(
+        "inputs",
+        metavar="INPUT",
+        type=Path,
+        nargs="+",
+        help="one image or several; or one folder or list (.txt, .csv)",
+    )
     option(
         "-o",
         "--output",
         metavar="OUT",
         type=Path,
         required=True,
-        help="mask to write, for one INPUT; a folder, for several: OUT/NAME.nii.gz for each. "
+        help="mask to write, for one image; a folder, for several: OUT/NAME.nii.gz for each. "
         "What is there already is replaced, but never an INPUT",
     )
     option(
@@ -117,9 +134,35 @@ def _add_predict_options(predict: _Parser) -> None:
         "--space",
         metavar="NAME",
         choices=SPACES,
-        default="mni",
-        help="mni (default): registered to MNI152, any grid; model: on the model's grid, "
-        "already cropped",
+        default="native",
+        help="native (default): as the scanner made it, registered here; mni: registered to "
+        "MNI152, any grid; model: on the model's grid, already cropped",
+    )
+    option(
+        "--registration",
+        metavar="NAME",
+        choices=METHODS,
+        default="niimath",
+        help="the program that registers: niimath (default), sitk, or ants as published (one to "
+        "two minutes)",
+    )
+    option(
+        "--reference",
+        metavar="SCAN",
+        type=Path,
+        help="register this image of the same session (best a T1 with thin slices) and apply it "
+        "to every INPUT",
+    )
+    option(
+        "--brain-mask",
+        metavar="FILE",
+        type=Path,
+        help="the brain, not 0 inside, in the space of the INPUT (of SCAN with --reference)",
+    )
+    option(
+        "--force",
+        action="store_true",
+        help="go on where a check of registration or brain says no; the result records it",
     )
     option(
         "--engine",
@@ -191,7 +234,16 @@ def _add_predict_options(predict: _Parser) -> None:
     option(
         "--json",
         action="store_true",
-        help="print one JSON object per INPUT on standard output, and nothing else",
+        help="print one JSON object per image on standard output, and nothing else",
+    )
+    option(
+        "--ray",
+        type=int,
+        default=None,
+        metavar="N",
+        help="for a folder or a list: N processes of Ray, each with its own model, on the cluster "
+        "of RAY_ADDRESS or else on this machine; they share cores and GPUs evenly, and paths "
+        "must mean the same files on every machine",
     )
 
 

@@ -6,16 +6,17 @@ import base64
 import html
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Template
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from mome_sdk import _core
+from mome_sdk.bundle import ModelBundle
 from mome_sdk.nifti import NOTICE
 from mome_sdk.preprocess.intensity import background_of
 from mome_sdk.segmentation import Lesion, Segmentation
@@ -25,6 +26,7 @@ from mome_sdk.volume import Volume
 _LONGEST_EDGE_PX = 440
 _GAP_PX = 16
 _LESION_RGB = (255, 94, 58)
+_OUTLINE_RGB = (92, 200, 255)
 _MOST_ROWS = 30
 
 _GREY, _DIM, _WHITE = (232, 232, 232), (150, 150, 150), (255, 255, 255)
@@ -68,7 +70,52 @@ def picture(volume: Volume, segmentation: Segmentation) -> bytes:
     low, high = _grey_range(image)
     head = image.array > low + 0.05 * (high - low)
     box = _bounds(head | (mask > 0), image.grid.spacing_mm)
-    index = _planes_through(mask, box)
+    marks = _Marks(mask, _LESION_RGB, tint=0.2)
+    return _png(image, marks, box, _planes_through(mask, box), headline(segmentation))
+
+
+def registration_picture(
+    volume: Volume, to_template: NDArray[np.float64], bundle: ModelBundle
+) -> bytes:
+    """A PNG that shows whether a scan was registered rightly.
+
+    Args:
+        volume: The scan (I, J, K), any axes.
+        to_template: 4x4, RAS mm of the scan to RAS mm of the template.
+        bundle: Whose template is meant.
+
+    Returns:
+        PNG bytes: three planes through the middle of the template's brain, with the scan as it was
+        registered and the outline of the template's brain. Right is where the outline runs along
+        the surface of the brain.
+    """
+    brain = bundle.brain_mask
+    there = Volume(volume.array, to_template @ volume.affine)
+    image = there.resample(brain.grid, mode="linear", fill=background_of(volume))
+    everything = np.ones(image.array.shape, bool)
+    box = _bounds(everything, image.grid.spacing_mm)
+    index = [round(axis.mean()) for axis in np.nonzero(brain.array)]
+    marks = _Marks(brain.array, _OUTLINE_RGB, tint=0.0)
+    return _png(image, marks, box, index, "Outline of the template's brain")
+
+
+class _Marks(NamedTuple):
+    """What is drawn over an image: not 0 inside, on its grid; outlined, and filled by `tint`."""
+
+    mask: NDArray[np.uint8]
+    colour: tuple[int, int, int]
+    tint: float
+
+
+def _png(
+    image: Volume,
+    marks: _Marks,
+    box: tuple[slice, slice, slice],
+    index: Sequence[int],
+    title: str,
+) -> bytes:
+    """Three planes (RAS axes) through the voxel `index`, cut to `box`."""
+    low, high = _grey_range(image)
     lengths_mm = [
         (part.stop - part.start) * spacing
         for part, spacing in zip(box, image.grid.spacing_mm, strict=True)
@@ -82,20 +129,24 @@ def picture(volume: Volume, segmentation: Segmentation) -> bytes:
         shown = [axis for axis in range(3) if axis != plane.through]
         size = tuple(max(1, round(lengths_mm[axis] * px_per_mm)) for axis in shown)
         grey = np.clip((image.array[tuple(place)] - low) / np.float32(high - low), 0.0, 1.0)
-        panels.append(_panel(grey, mask[tuple(place)], (size[0], size[1])))
+        plane_marks = marks._replace(mask=marks.mask[tuple(place)])
+        panels.append(_panel(grey, plane_marks, (size[0], size[1])))
         captions.append(f"{plane.name}, {_side(plane.through, positions_mm[plane.through])}")
     stream = io.BytesIO()
-    _composed(panels, captions, px_per_mm, headline(segmentation)).save(stream, "PNG")
+    _composed(panels, captions, px_per_mm, title, marks.colour).save(stream, "PNG")
     return stream.getvalue()
 
 
-def report(segmentation: Segmentation, png: bytes, *, title: str) -> str:
+def report(
+    segmentation: Segmentation, png: bytes, *, title: str, registration: bytes | None = None
+) -> str:
     """An HTML page that needs nothing else: picture, lesions, shares, provenance, notice.
 
     Args:
         segmentation: What to report.
         png: The picture, embedded as it is.
         title: Names the case; shown as text, whatever it holds.
+        registration: The picture of the registration, where the image was registered here.
     """
     lesions = segmentation.lesions
     values = {
@@ -113,7 +164,8 @@ def report(segmentation: Segmentation, png: bytes, *, title: str) -> str:
         "lesions": _lesion_rows(lesions),
         "shares": _share_section(segmentation),
         "timings": _rows((stage, f"{s:.2f} s") for stage, s in segmentation.timings.items()),
-        "provenance": _rows(segmentation.provenance.items()),
+        "provenance": _rows(_flat(segmentation.provenance)),
+        "registration": _registration_section(segmentation, registration),
     }
     return _PAGE.substitute(values)
 
@@ -172,26 +224,28 @@ def _planes_through(mask: NDArray[np.uint8], box: tuple[slice, slice, slice]) ->
     return [int(np.bincount(axis).argmax()) for axis in np.nonzero(components == 1)]
 
 
-def _panel(
-    grey: NDArray[np.floating[Any]], mask: NDArray[np.uint8], size: tuple[int, int]
-) -> Image.Image:
-    """One plane (two RAS axes) as a picture of `size` pixels, lesions tinted and outlined.
+def _panel(grey: NDArray[np.floating[Any]], marks: _Marks, size: tuple[int, int]) -> Image.Image:
+    """One plane (two RAS axes) as a picture of `size` pixels, with the marks over it.
 
     The first axis becomes columns and the second rows, both reversed: R, A and S point left or up.
     """
     turned = np.ascontiguousarray(grey.T[::-1, ::-1] * 255.0)
     plain = Image.fromarray(turned.astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     plain = plain.convert("RGB")
-    marks = Image.fromarray((mask.T[::-1, ::-1] > 0).astype(np.uint8) * 255)
-    inside = marks.resize(size, Image.Resampling.BICUBIC).point([0] * 128 + [255] * 128)
+    drawn = Image.fromarray((marks.mask.T[::-1, ::-1] > 0).astype(np.uint8) * 255)
+    inside = drawn.resize(size, Image.Resampling.BICUBIC).point([0] * 128 + [255] * 128)
     outline = ImageChops.subtract(inside, inside.filter(ImageFilter.MinFilter(3)))
-    colour = Image.new("RGB", size, _LESION_RGB)
-    panel = Image.composite(Image.blend(plain, colour, 0.2), plain, inside)
+    colour = Image.new("RGB", size, marks.colour)
+    panel = Image.composite(Image.blend(plain, colour, marks.tint), plain, inside)
     return Image.composite(colour, panel, outline)
 
 
 def _composed(
-    panels: list[Image.Image], captions: list[str], px_per_mm: float, headline: str
+    panels: list[Image.Image],
+    captions: list[str],
+    px_per_mm: float,
+    title: str,
+    colour: tuple[int, int, int],
 ) -> Image.Image:
     """The panels side by side on black, with letters, captions, a bar of 50 mm and the notice."""
     height = max(panel.height for panel in panels)
@@ -220,7 +274,7 @@ def _composed(
     bar_px = round(50 * px_per_mm)
     draw.rectangle((_GAP_PX, baseline - 1, _GAP_PX + bar_px, baseline + 1), _GREY)
     draw.text((_GAP_PX + bar_px + 8, baseline), "50 mm", _GREY, _font(15), anchor="lm")
-    draw.text((width // 2, baseline), headline, _LESION_RGB, _font(17), anchor="mm")
+    draw.text((width // 2, baseline), title, colour, _font(17), anchor="mm")
     draw.text((width - _GAP_PX, baseline), NOTICE, _DIM, _font(15), anchor="rm")
     return canvas
 
@@ -239,6 +293,28 @@ def _rows(items: Iterable[tuple[str, object]]) -> str:
     """Rows of a table with the name as its heading; every value is shown as text."""
     texts = ((html.escape(str(name)), html.escape(_shown(value))) for name, value in items)
     return "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in texts)
+
+
+def _flat(provenance: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """The provenance without the preparation, which has a section of its own."""
+    return ((name, value) for name, value in provenance.items() if name != "preparation")
+
+
+def _registration_section(segmentation: Segmentation, png: bytes | None) -> str:
+    """The registered scan with the template's outline, and its figures."""
+    made = segmentation.provenance.get("preparation")
+    if png is None or made is None:
+        return ""
+    forced = ", ".join(made["forced"])
+    rows = {
+        "registration": made["registration"],
+        "brain": made["brain"],
+        **made["quality"],
+        "checks overruled": forced or "none",
+    }
+    return _REGISTRATION.substitute(
+        picture=base64.b64encode(png).decode("ascii"), rows=_rows(rows.items())
+    )
 
 
 def _shown(value: object) -> str:
@@ -290,6 +366,15 @@ _SHARES = Template(
 expert took part, not which modality the image has.</p>
 <table><thead><tr><th scope="col">Expert</th><th scope="col">in the lesions</th>
 <th scope="col">in the brain</th></tr></thead><tbody>$rows</tbody></table></section>"""
+)
+
+_REGISTRATION = Template(
+    """<section><h2>Registration</h2>
+<p>Look at this picture first: the outline of the template's brain has to run along the surface of
+the brain. Nobody can see in an image whether left and right are swapped.</p>
+<figure><img src="data:image/png;base64,$picture" alt="Axial, coronal and sagittal plane of the
+registered scan with the outline of the template's brain."></figure>
+<table><tbody>$rows</tbody></table></section>"""
 )
 
 _PAGE = Template(
@@ -356,6 +441,7 @@ and superior are positive.</p>
 <th scope="col">A (mm)</th><th scope="col">S (mm)</th></tr></thead>
 <tbody>$lesions</tbody></table></div></section>
 $shares
+$registration
 <div class="pair">
 <section><h2>Time</h2><table class="figures"><tbody>$timings</tbody></table></section>
 <section><h2>Provenance</h2><table><tbody>$provenance</tbody></table></section>

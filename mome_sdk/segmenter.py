@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -18,12 +23,14 @@ from numpy.typing import ArrayLike, NDArray
 from mome_sdk import _core
 from mome_sdk.bundle import Blend, ModelBundle
 from mome_sdk.engines import Engine, open_engine
-from mome_sdk.errors import EngineError, InputError
+from mome_sdk.errors import EngineError, InputError, MomeError, out_of_memory
 from mome_sdk.nifti import Source, open_nifti, volume_of
-from mome_sdk.preprocess.pipeline import SPACES, Space, prepare, restore
+from mome_sdk.preprocess.align import Alignment, align, align_to
+from mome_sdk.preprocess.pipeline import SPACES, Prepared, Space, check_image, prepare, restore
+from mome_sdk.preprocess.register import METHODS, Method, check_installed
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.sliding_window import SlidingWindow
-from mome_sdk.volume import Index3, Volume
+from mome_sdk.volume import Volume
 
 Image: TypeAlias = Volume | str | Path | SpatialImage | tuple[ArrayLike, ArrayLike]
 Progress: TypeAlias = Callable[[int, int], object]
@@ -31,6 +38,31 @@ Progress: TypeAlias = Callable[[int, int], object]
 # Axes (D, H, W) over which windows are mirrored; every combination is averaged, eight with "all".
 Mirror: TypeAlias = Literal["none", "all"]
 MIRRORS: dict[Mirror, tuple[int, ...]] = {"none": (), "all": (0, 1, 2)}
+
+
+@dataclass(frozen=True, eq=False)
+class CaseResult:
+    """What became of one image of a batch.
+
+    Attributes:
+        input: The image, as it was given.
+        segmentation: What was found in it; None when it could not be used.
+        error: Why it could not be used; None when it could.
+    """
+
+    input: Image
+    segmentation: Segmentation | None
+    error: MomeError | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """An image as the network takes it, and what its result will repeat of the image itself."""
+
+    prepared: Prepared
+    affine: NDArray[np.float64]
+    source: Source | None
+    timings: dict[str, float]
 
 
 class Segmenter:
@@ -43,8 +75,11 @@ class Segmenter:
         engine: "auto" for the fastest engine present, the name of one, or an Engine of your own.
         device: "cpu", or "cuda:0" for an engine that has it.
         precision: "fp32", or another that the engine has.
-        space: What grids the images are on: "mni", in the template's space, resampled to the
-            model's grid and back; "model", on the model's own grid already.
+        space: Where the images are: "native", as the scanner made them, registered to the
+            template here; "mni", in the template's space; both are resampled to the model's grid
+            and the result goes back; "model", on the model's own grid already.
+        registration: The program that registers native images: "niimath", or "sitk" or "ants" (the
+            published preparation's own call) with the extra of that name.
         mirror: "none", or "all" to average over the eight mirrored copies of every window, which
             is the authors' setting and eight times the work.
         step: Distance of windows in parts of the patch, over 0 to 1.
@@ -67,7 +102,8 @@ class Segmenter:
         *,
         device: str = "cpu",
         precision: str = "fp32",
-        space: Space = "mni",
+        space: Space = "native",
+        registration: Method = "niimath",
         mirror: Mirror = "none",
         step: float = 0.5,
         blend: Blend | None = None,
@@ -76,8 +112,11 @@ class Segmenter:
     ) -> None:
         _check_choice("space", space, SPACES)
         _check_choice("mirror", mirror, tuple(MIRRORS))
+        _check_choice("registration", registration, METHODS)
+        check_installed(registration)
         self.bundle = model if isinstance(model, ModelBundle) else ModelBundle.load(model)
         self.space = space
+        self.registration = registration
         self.mirror = mirror
         self.windows = SlidingWindow(
             self.bundle.patch,
@@ -95,8 +134,34 @@ class Segmenter:
         )
         self._open = True
 
+    def align(
+        self, volume: Image, *, brain_mask: Image | None = None, force: bool = False
+    ) -> Alignment:
+        """Where an image lies in the template's space, for `predict(reference=)`.
+
+        Register one image of a session, the best resolved, and predict all others with its
+        alignment: they share the scanner's space.
+
+        Args:
+            volume: As for `predict`.
+            brain_mask, force: As for `predict`.
+
+        Raises:
+            PreparationError: `registration.*`, `brain.*`: a check says no.
+            InputError, GeometryError: the image cannot be used.
+        """
+        self._check_native(reference=True)
+        return self._align(_opened(volume)[0], brain_mask, force=force)
+
     def predict(
-        self, volume: Image, progress: Progress | None = None, *, shares: bool = False
+        self,
+        volume: Image,
+        progress: Progress | None = None,
+        *,
+        shares: bool = False,
+        reference: Alignment | None = None,
+        brain_mask: Image | None = None,
+        force: bool = False,
     ) -> Segmentation:
         """Find the lesions of one image.
 
@@ -106,40 +171,59 @@ class Segmenter:
             progress: Called with windows done and windows in all, on the thread that called
                 `predict`. An exception from it cancels the work and comes back to the caller.
             shares: Also measure each expert's share in the result (`expert_share`).
+            reference: What `align` gave for another image of the same session: its registration
+                is used, and checked on this image ("native").
+            brain_mask: The brain in the image's space, not 0 inside, on any grid ("native").
+            force: Go on where a check of the preparation says no; the provenance names it.
 
         Returns:
-            Mask and probability on the image's own grid, with timings (read, prepare, network,
-            restore; s) and provenance.
+            Mask and probability on the image's own grid, with timings (read, register if "native",
+            prepare, network, restore; s) and provenance.
 
         Raises:
             InputError, GeometryError: the image cannot be used; see `read_nifti` and `prepare`.
+            PreparationError: `registration.*`, `brain.*`: a check of the preparation says no; its
+                `attempt` is the Alignment that was refused.
             EngineError: the engine did not work, or this Segmenter is closed.
         """
-        timings: dict[str, float] = {}
-        with _timed(timings, "read"):
-            image, source = _opened(volume)
-        with _timed(timings, "prepare"):
-            prepared = prepare(image, self.bundle, self.space)
-        with _timed(timings, "network"):
-            normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
-            logits, raw_shares = self._run(normalised, progress, shares=shares)
-        with _timed(timings, "restore"):
-            mask, probability = restore(_core.softmax(logits), prepared)
-            expert_share = None
-            if raw_shares is not None:
-                found = _core.argmax(logits) != 0
-                expert_share = _mean_shares(
-                    raw_shares, {"lesion": found, "brain": prepared.brain}, self.bundle.modalities
-                )
-        return Segmentation(
-            mask=mask,
-            affine=image.affine,
-            probability=probability,
-            expert_share=expert_share,
-            timings=timings,
-            provenance=self._provenance(prepared.volume.grid.shape),
-            source=source,
-        )
+        self._check_native(reference=reference, brain_mask=brain_mask, force=force)
+        ready = self._ready(volume, reference, brain_mask, force=force)
+        return self._found(ready, progress, shares=shares)
+
+    def predict_batch(
+        self,
+        volumes: Iterable[Image],
+        *,
+        shares: bool = False,
+        reference: Alignment | None = None,
+        force: bool = False,
+    ) -> Generator[CaseResult, None, None]:
+        """Find the lesions of many images, one after the other; one bad image stops nothing.
+
+        Args:
+            volumes: Images as `predict` takes them. They are taken one at a time, on the caller's
+                thread, one ahead of the image whose result is asked for.
+            shares, reference, force: As for `predict`.
+
+        Yields:
+            A CaseResult for each image, in order, when it is asked for. While the network works on
+            one image, the next is read and prepared on one further thread: its timings for these
+            stages overlap the other's network. No more than that one image is held ready, so that
+            memory does not grow with the number of images.
+
+        A MomeError of an image, or too little memory for it, becomes its `error`. Anything else
+        is a defect and comes to the caller. Closing the generator ends the work.
+        """
+        self._check_native(reference=reference, force=force)
+        ready = partial(self._ready, reference=reference, force=force)
+        ahead: deque[tuple[Image, Future[_Ready]]] = deque()
+        with ThreadPoolExecutor(1, "mome-prepare") as reader:
+            for volume in volumes:
+                ahead.append((volume, reader.submit(ready, volume)))
+                if len(ahead) == 2:
+                    yield self._case(*ahead.popleft(), shares=shares)
+            while ahead:
+                yield self._case(*ahead.popleft(), shares=shares)
 
     def logits(self, x: ArrayLike, progress: Progress | None = None) -> NDArray[np.float32]:
         """Fused logits of an image that is prepared already.
@@ -188,6 +272,66 @@ class Segmenter:
     ) -> None:
         self.close()
 
+    def _ready(
+        self,
+        volume: Image,
+        reference: Alignment | None = None,
+        brain_mask: Image | None = None,
+        *,
+        force: bool = False,
+    ) -> _Ready:
+        """The steps before the network: read, register and prepare."""
+        timings: dict[str, float] = {}
+        with _timed(timings, "read"):
+            image, source = _opened(volume)
+        alignment = None
+        if self.space == "native":
+            with _timed(timings, "register"):
+                if reference is None:
+                    alignment = self._align(image, brain_mask, force=force)
+                else:
+                    check_image(image)
+                    alignment = align_to(reference, image, self.bundle, force=force)
+        with _timed(timings, "prepare"):
+            prepared = prepare(image, self.bundle, self.space, alignment=alignment)
+        return _Ready(prepared, image.affine, source, timings)
+
+    def _found(self, ready: _Ready, progress: Progress | None, *, shares: bool) -> Segmentation:
+        """The network and the way back."""
+        prepared, timings = ready.prepared, ready.timings
+        with _timed(timings, "network"):
+            normalised = np.ascontiguousarray(prepared.volume.array)[np.newaxis]
+            logits, raw_shares = self._run(normalised, progress, shares=shares)
+        with _timed(timings, "restore"):
+            mask, probability = restore(_core.softmax(logits), prepared)
+            expert_share = None
+            if raw_shares is not None:
+                found = _core.argmax(logits) != 0
+                expert_share = _mean_shares(
+                    raw_shares, {"lesion": found, "brain": prepared.brain}, self.bundle.modalities
+                )
+        return Segmentation(
+            mask=mask,
+            affine=ready.affine,
+            probability=probability,
+            expert_share=expert_share,
+            timings=timings,
+            provenance=self._provenance(prepared),
+            source=ready.source,
+        )
+
+    def _case(self, image: Image, ready: Future[_Ready], *, shares: bool) -> CaseResult:
+        try:
+            return CaseResult(image, self._found(ready.result(), None, shares=shares), None)
+        except MomeError as error:
+            problem = error
+        except MemoryError as error:
+            problem = out_of_memory(error)
+        finally:
+            del ready
+        _let_go(problem)
+        return CaseResult(image, None, problem)
+
     def _run(
         self, image: NDArray[np.float32], progress: Progress | None, *, shares: bool
     ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
@@ -199,9 +343,31 @@ class Segmenter:
             return self.windows.run_with_shares(self.engine, image, progress=progress)
         return self.windows.run(self.engine, image, progress=progress), None
 
-    def _provenance(self, shape: Index3) -> dict[str, Any]:
-        """What made the result, as JSON values. Nothing of the image's header or name is in it."""
-        per_axis = self.windows.starts(shape)
+    def _check_native(self, **options: object) -> None:
+        """Refuse what has a use only where images are registered here."""
+        for name, value in options.items():
+            if value is not None and value is not False and self.space != "native":
+                raise InputError(
+                    "argument.space",
+                    f"{name.replace('_', ' ')} was asked for with space {self.space!r}.",
+                    hint="Images are registered, and brains looked for, with space 'native' only.",
+                )
+
+    def _align(self, image: Volume, brain_mask: Image | None, *, force: bool) -> Alignment:
+        check_image(image)
+        brain = None if brain_mask is None else _opened(brain_mask)[0]
+        return align(
+            image,
+            self.bundle,
+            brain_mask=brain,
+            force=force,
+            method=self.registration,
+            threads=self.windows.threads,
+        )
+
+    def _provenance(self, prepared: Prepared) -> dict[str, Any]:
+        """What made the result, as JSON values; no name and no text of the image's header."""
+        per_axis = self.windows.starts(prepared.volume.grid.shape)
         return {
             "mome_sdk": version("mome-sdk"),
             "bundle": self.bundle.name,
@@ -214,6 +380,7 @@ class Segmenter:
             "device": self.engine.device,
             "precision": self.engine.precision,
             "space": self.space,
+            "preparation": prepared.alignment.as_json() if prepared.alignment else None,
             "mirror": self.mirror,
             "step": self.windows.step,
             "blend": self.windows.blend,
@@ -274,6 +441,13 @@ def _matching(engine: Engine, device: str, precision: str) -> Engine:
             hint="Give the same device and precision.",
         )
     return engine
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free the arrays in the frames that an error went through: whoever keeps it keeps those."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -270,6 +270,13 @@ class Volume:
         return Volume(array, grid.affine)
 
 
+def inverse(affine: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The 4x4 affine map the other way round; its last row is exactly 0 0 0 1."""
+    back = np.asarray(np.linalg.inv(affine), np.float64)
+    back[3] = (0.0, 0.0, 0.0, 1.0)
+    return back
+
+
 def _checked_affine(affine: ArrayLike) -> NDArray[np.float64]:
     """A float64 copy that nobody can write to."""
     matrix = np.array(affine, dtype=np.float64)

@@ -103,7 +103,7 @@ def whole_head_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
 @pytest.fixture
 def bright_segmenter(whole_head_bundle: ModelBundle) -> Segmenter:
     """Calls bright voxels lesion, of any image in the space of MNI152."""
-    return Segmenter(whole_head_bundle, BrightEngine())
+    return Segmenter(whole_head_bundle, BrightEngine(), space="mni")
 
 
 def pytest_configure() -> None:

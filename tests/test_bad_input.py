@@ -127,7 +127,7 @@ def test_a_missing_image_and_a_folder_are_named(
     assert_refused(capfd.readouterr().err, "volume.missing", "There is no file")
     (tmp_path / "folder.nii").mkdir()
     assert main(["predict", str(tmp_path / "folder.nii"), *options]) == 2
-    assert_refused(capfd.readouterr().err, "volume.unreadable", "Is a directory")
+    assert_refused(capfd.readouterr().err, "argument.input", "names no image to segment")
 
 
 def test_a_missing_output_folder_is_named(

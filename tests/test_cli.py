@@ -25,7 +25,7 @@ from mome_sdk.cli import main
 from mome_sdk.nifti import NOTICE, write_nifti
 from mome_sdk.segmenter import Segmenter
 from mome_sdk.volume import Volume
-from phantom import phantom
+from phantom import BrightEngine, phantom
 
 SCHEMA = json.loads(
     (Path(mome_sdk.__file__).parent / "schemas" / "result.schema.json").read_text("utf-8")
@@ -162,13 +162,23 @@ def test_an_older_output_is_replaced(scan: Path, predict: Any) -> None:
         (["{scan}", "{dir}/b.nii", "-o", "{dir}/a/b"], "argument.output-folder", "does not exist"),
         (["{scan}"], "argument.usage", "-o/--output"),
         (["-o", "{dir}/x.nii"], "argument.usage", "INPUT"),
-        (["{scan}", "-o", "{dir}/x.nii", "--space", "native"], "argument.usage", "native"),
+        (["{scan}", "-o", "{dir}/x.nii", "--space", "talairach"], "argument.usage", "talairach"),
         (["{scan}", "-o", "{dir}/x.nii", "--engine", "tensorrt"], "argument.usage", "tensorrt"),
         (["{scan}", "-o", "{dir}/x.nii", "--batch", "many"], "argument.usage", "many"),
         (["{scan}", "-o", "{dir}/x.nii", "--step", "2"], "argument.step", "step"),
         (["{scan}", "-o", "{dir}/x.nii", "--model", "{dir}/no"], "bundle.not-found", "no"),
         (["{scan}", "-o", "{dir}/x.nii", "--device", "cuda:0"], "engine.device", "cuda:0"),
-        (["{scan}", "-o", "{dir}/x.nii"], "geometry.not-mni", "register the image"),
+        (
+            ["{scan}", "-o", "{dir}/x.nii", "--space", "mni"],
+            "geometry.not-mni",
+            "register the image",
+        ),
+        (["{scan}", "-o", "{dir}/x.nii"], "brain.cut", "18 x 20 x 22 mm"),
+        (["{scan}", "-o", "{dir}/x.nii", "--space", "mni", "--force"], "argument.space", "force"),
+        (
+            ["{scan}", "-o", "{dir}/x.nii", "--space", "mni", "--reference", "{scan}"],
+            *("argument.space", "reference"),
+        ),
     ],
 )
 def test_wrong_use_is_one_line(
@@ -342,3 +352,67 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path, tiny_bundle: ModelBundle) -> None
     assert said.splitlines()[-1] == "mome: interrupted"
     assert "Traceback" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["large.nii"]
+
+
+@pytest.fixture
+def native_segmenter(whole_head_bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> Segmenter:
+    """What `mome predict` makes, with an engine that calls bright voxels lesion."""
+
+    def made(*_: object, **__: object) -> Segmenter:
+        return Segmenter(whole_head_bundle, BrightEngine())
+
+    monkeypatch.setattr("mome_sdk.cli.Segmenter", made)
+    return made()
+
+
+def test_a_native_scan_is_reported_with_its_registration(
+    tmp_path: Path, native_segmenter: Segmenter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The template itself, so that nothing has to be registered."""
+    bundle = native_segmenter.bundle
+    write_nifti(bundle.template.reorient("LPS"), tmp_path / "scan.nii.gz")
+    out = tmp_path / "mask.nii.gz"
+    words = ["predict", str(tmp_path / "scan.nii.gz"), "-o", str(out), "--report", "--json"]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    jsonschema.validate(result, SCHEMA)
+    made = result["provenance"]["preparation"]
+    assert made["registration"] == "none: in the template's space already"
+    assert "Look at this picture first" in (tmp_path / "mask.html").read_text()
+
+
+def test_a_reference_is_registered_once_and_used_for_every_image(
+    tmp_path: Path, native_segmenter: Segmenter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = native_segmenter.bundle
+    for name in ("t1", "flair", "t2"):
+        write_nifti(bundle.template, tmp_path / f"{name}.nii.gz")
+    inputs = [str(tmp_path / f"{name}.nii.gz") for name in ("flair", "t2")]
+    reference = ["--reference", str(tmp_path / "t1.nii.gz")]
+    assert main(["predict", *inputs, "-o", str(tmp_path / "out"), "--json", *reference]) == 0
+    for line in capsys.readouterr().out.splitlines():
+        made = json.loads(line)["provenance"]["preparation"]
+        assert made["registration"] == "reference: none: in the template's space already"
+
+
+def test_a_refused_scan_has_a_picture_and_no_mask(
+    tmp_path: Path,
+    native_segmenter: Segmenter,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Half of the template; a program that leaves it where it is stands for the registration."""
+    monkeypatch.setattr(
+        "mome_sdk.preprocess.register.registrations", lambda *_, **__: iter([np.eye(4)])
+    )
+    monkeypatch.setattr("mome_sdk.preprocess.skull_strip.is_installed", lambda: False)
+    half = native_segmenter.bundle.template.crop((0, 100, 0), (197, 133, 189))
+    write_nifti(half, tmp_path / "scan.nii.gz")
+    out = tmp_path / "mask.nii.gz"
+    assert main(["predict", str(tmp_path / "scan.nii.gz"), "-o", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "[brain.cut]" in said
+    assert str(tmp_path / "mask_refused.png") in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mask_refused.png", "scan.nii.gz"]
+    assert main(["predict", str(tmp_path / "scan.nii.gz"), "-o", str(out), "--force"]) == 0
+    assert out.exists()

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 
 from mome_sdk.errors import InputError
-from mome_sdk.files import check_writable, make_folder, write_file
+from mome_sdk.files import (
+    check_writable,
+    make_folder,
+    make_folders,
+    remove_file,
+    write_file,
+)
 
 
 def test_a_file_is_replaced_in_one_step(tmp_path: Path) -> None:
@@ -111,3 +117,19 @@ def test_a_read_only_disk_is_named(tmpfs: Path) -> None:
     assert refusal.value.code == "argument.output"
     with pytest.raises(InputError, match="Read-only file system"):
         make_folder(tmpfs / "out")
+
+
+def test_folders_are_made_with_those_they_lie_in(tmp_path: Path) -> None:
+    for _ in range(2):
+        make_folders(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        make_folders(tmp_path / "file" / "b")
+
+
+def test_a_file_that_is_not_there_is_removed_already(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    for path in (tmp_path / "a", tmp_path / "a", tmp_path / "a" / "b"):
+        remove_file(path)
+        assert not path.exists()

@@ -15,6 +15,7 @@ from mome_sdk.architecture import Architecture
 from mome_sdk.benchmarks.__main__ import command_line as benchmark_line
 from mome_sdk.benchmarks.models import random_bundle
 from mome_sdk.cli import main
+from mome_sdk.options import parser
 from mome_sdk.training.__main__ import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,11 +82,31 @@ def test_python_code_runs(code: str, scan: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_demo")
-@pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "predict"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "words", [w for w in SHELL if w[:3] == ["mome", "predict", "scan.nii.gz"]], ids=" ".join
+)
 def test_predict_writes_mask_picture_and_report(words: list[str], scan: Path) -> None:
     assert main(words[1:]) == 0
     written = {path.name for path in scan.parent.iterdir()} - {scan.name}
     assert written == {"lesions.nii.gz", "lesions.png", "lesions.html"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_demo")
+def test_a_folder_of_scans_gives_a_table(scan: Path) -> None:
+    """The first of the two lines; what the second adds, Ray, is tested in test_batch.py."""
+    words = next(w for w in SHELL if w[:3] == ["mome", "predict", "scans"])
+    scan.with_name("scans").mkdir()
+    scan.rename(scan.with_name("scans") / scan.name)
+    assert main(words[1:]) == 0
+    assert {path.name for path in Path("results").iterdir()} == {
+        *("scan.nii.gz", "manifest.jsonl", "results.csv")
+    }
+
+
+@pytest.mark.parametrize("words", [w for w in SHELL if "--ray" in w], ids=" ".join)
+def test_ray_is_understood(words: list[str]) -> None:
+    assert parser().parse_args(words[1:]).ray == int(words[-1])
 
 
 @pytest.mark.parametrize("words", [w for w in SHELL if w[1] in ("train", "evaluate")], ids=" ".join)

@@ -29,6 +29,15 @@ SCANS = [
 ]
 
 
+# Every scan that is there, as a scanner or a database gave it.
+NATIVE = [
+    *(name for name, _, _ in SCANS),
+    *(f"ms_native_patient12/{name}.nii.gz" for name in ("FLAIR", "T1")),
+    *(f"stroke_case0009/{name}.nii.gz" for name in ("adc", "dwi", "flair")),
+    *(f"glioma_TCGA-DU-7294/{name}.nii.gz" for name in ("FLAIR", "T1", "T1ce", "T2")),
+]
+
+
 def dice(found: np.ndarray, known: np.ndarray) -> float:
     return (
         2.0 * np.count_nonzero(found & known) / (np.count_nonzero(found) + np.count_nonzero(known))
@@ -76,6 +85,24 @@ def test_bright_voxels_of_a_real_scan_stay_where_they_are(
     limit = np.sort(array, axis=None)[-np.count_nonzero(mask)]
     # "model" interpolates nothing. "mni" smooths twice on its way, which costs noisy borders.
     assert dice(mask, array >= limit) > (0.999 if space == "model" else 0.8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", NATIVE)
+def test_every_scan_passes_in_its_native_space(
+    scan: str, data_dir: Path, whole_head_bundle: ModelBundle, tmp_path: Path
+) -> None:
+    """Registered, checked, and back on its own grid, with nothing overruled."""
+    path = data_dir / scan
+    result = Segmenter(whole_head_bundle, BrightEngine(threshold=1.8)).predict(path)
+    result.save(tmp_path / "mask.nii.gz")
+    assert_same_place(tmp_path / "mask.nii.gz", path)
+    assert result.mask.any()
+    made = result.provenance["preparation"]
+    assert made["forced"] == []
+    with_skull = scan.startswith("ms_native")
+    assert made["brain"] == ("template" if with_skull else "image")
+    assert made["registration"].startswith("none" if scan.startswith("prepared") else "niimath")
 
 
 @pytest.mark.slow

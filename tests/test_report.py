@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mome_sdk.bundle import ModelBundle
 from mome_sdk.nifti import NOTICE
-from mome_sdk.report import lesion_table, picture, report
+from mome_sdk.report import lesion_table, picture, registration_picture, report
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.volume import Grid, Volume
 from phantom import ORIENTATIONS, grid, phantom
@@ -169,3 +170,40 @@ def test_tables_are_cut_and_say_so() -> None:
     assert len(lines) == 12
     assert lines[-1].split() == ["...", "111", "smaller", "ones,", "0.111", "mL", "together"]
     assert "91 smaller ones, 0.091 mL together" in report(result, b"", title="x")
+
+
+def test_the_registration_picture_shows_the_outline_of_the_templates_brain(
+    tiny_bundle: ModelBundle,
+) -> None:
+    """Blue, unlike lesions; and where the registration puts it, not where the header says."""
+    scan = tiny_bundle.template
+    png = registration_picture(scan, np.eye(4), tiny_bundle)
+    outline = blue(png)
+    assert 1000 < np.count_nonzero(outline) < 20_000
+    assert not marked(png).any()
+    shift = np.eye(4)
+    shift[:3, 3] = (25.0, -10.0, 40.0)
+    moved = Volume(scan.array, np.linalg.inv(shift) @ scan.affine)
+    np.testing.assert_array_equal(blue(registration_picture(moved, shift, tiny_bundle)), outline)
+
+
+def blue(png: bytes) -> np.ndarray:
+    rgb = pixels(png)[:-64]
+    return (rgb[..., 2] - rgb[..., 0]) > 100
+
+
+def test_the_report_shows_the_registration_and_what_was_overruled() -> None:
+    volume = phantom()
+    preparation = {
+        "registration": "a program 1.0",
+        "to_template": np.eye(4).tolist(),
+        "brain": "template",
+        "quality": {"similarity": 0.0123, "brain_ml": 1500.0},
+        "forced": ["registration.poor"],
+    }
+    result = segmented(volume, provenance={"bundle": "x", "preparation": preparation})
+    png = picture(volume, result)
+    page = report(result, png, title="x", registration=png)
+    for text in ("a program 1.0", "0.0123", "registration.poor", "left and right are swapped"):
+        assert text in page
+    assert "left and right are swapped" not in report(result, png, title="x")

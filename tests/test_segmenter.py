@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from mome_sdk import segmenter as segmenter_module
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import EngineError, InputError, MomeError
 from mome_sdk.segmenter import Segmenter
@@ -257,7 +260,7 @@ def test_an_engine_of_ones_own_is_left_open(tiny_bundle: ModelBundle) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
-        ({"space": "native"}, "argument.space", "one of: mni, model"),
+        ({"space": "talairach"}, "argument.space", "one of: native, mni, model"),
         ({"mirror": "some"}, "argument.mirror", "one of: none, all"),
         ({"step": 0.0}, "argument.step", "step"),
         ({"step": 1.5}, "argument.step", "step"),
@@ -293,3 +296,128 @@ def test_every_engine_finds_the_same(
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.ptp(expected))
     assert result.provenance["engine"] == engine
     assert result.expert_share is not None
+
+
+def broken() -> Volume:
+    return Volume(np.full((18, 20, 17), np.nan), np.eye(4))
+
+
+def test_a_batch_gives_what_single_calls_give_and_names_what_is_broken(bright: Segmenter) -> None:
+    volumes = [head(), broken(), "nowhere.nii.gz", corner()]
+    cases = list(bright.predict_batch(volumes, shares=True))
+    assert [case.input for case in cases] == volumes
+    codes = [case.error.code if case.error else None for case in cases]
+    assert codes == [None, "volume.not-finite", "volume.missing", None]
+    for case in (cases[0], cases[3]):
+        alone = bright.predict(case.input, shares=True)
+        assert case.segmentation is not None
+        np.testing.assert_array_equal(case.segmentation.probability, alone.probability)
+        assert case.segmentation.expert_share == alone.expert_share
+        assert list(case.segmentation.timings) == ["read", "prepare", "network", "restore"]
+    assert cases[1].segmentation is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_batch_of_any_length_ends(count: int, bright: Segmenter) -> None:
+    assert len(list(bright.predict_batch([corner()] * count))) == count
+
+
+def test_a_batch_takes_one_image_ahead_and_no_more(bright: Segmenter) -> None:
+    taken = []
+
+    def volumes() -> Iterator[Volume]:
+        for number in range(5):
+            taken.append(number)
+            yield corner()
+
+    cases = bright.predict_batch(volumes())
+    assert taken == []
+    for done in range(5):
+        next(cases)
+        assert len(taken) == min(done + 2, 5)
+
+
+def test_the_next_image_is_prepared_while_the_network_works(
+    tiny_bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = threading.Semaphore(0)
+    prepare = segmenter_module.prepare
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        ready = prepare(*arguments, **options)
+        prepared.release()
+        return ready
+
+    class Patient(BrightEngine):
+        """Waits in its first call until a second image is prepared."""
+
+        waited = False
+
+        def run(self, *arguments: Any, **options: Any) -> None:
+            if not self.waited:
+                self.waited = prepared.acquire(timeout=20) and prepared.acquire(timeout=20)
+                assert self.waited, "the second image was not prepared meanwhile"
+            super().run(*arguments, **options)
+
+    monkeypatch.setattr(segmenter_module, "prepare", counted)
+    engine = Patient()
+    segmenter = Segmenter(tiny_bundle, engine, space="model")
+    assert all(case.segmentation for case in segmenter.predict_batch([corner(), corner()]))
+    assert engine.waited
+
+
+def test_a_defect_ends_a_batch(bright: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(segmenter_module, "restore", fail)
+    with pytest.raises(ZeroDivisionError):
+        list(bright.predict_batch([corner()] * 3))
+    assert reading_threads() == []
+
+
+def test_too_little_memory_for_one_image_is_its_error(
+    bright: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = segmenter_module.prepare
+
+    def starved(volume: Volume, *arguments: Any, **options: Any) -> Any:
+        if volume.array.shape == head().array.shape:
+            raise MemoryError("72 GiB")
+        return prepare(volume, *arguments, **options)
+
+    monkeypatch.setattr(segmenter_module, "prepare", starved)
+    large, small = bright.predict_batch([head(), corner()])
+    assert large.error is not None
+    assert large.error.code == "engine.out-of-memory"
+    assert small.segmentation is not None
+
+
+def test_closing_a_batch_leaves_no_thread(bright: Segmenter) -> None:
+    cases = bright.predict_batch(corner() for _ in range(1000))
+    next(cases)
+    cases.close()
+    assert reading_threads() == []
+
+
+def test_an_error_of_a_batch_keeps_no_array(
+    bright: Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def refuse(_: Any, prepared: Any) -> None:
+        alive.add(prepared)
+        try:
+            raise OSError
+        except OSError as error:
+            raise InputError("volume.test", "No.") from error
+
+    monkeypatch.setattr(segmenter_module, "restore", refuse)
+    cases = list(bright.predict_batch([corner()] * 3))
+    assert all(case.error for case in cases)
+    gc.collect()
+    assert len(alive) == 0
+
+
+def reading_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "mome-prepare" in thread.name]

@@ -87,7 +87,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     bundle = ModelBundle.load(args.bundle)
     cases = _cases(args)
     if args.real is not None:
-        cases = chain(cases, real_cases(args.real, bundle.grid))
+        cases = chain(cases, real_cases(args.real, bundle))
     print(table(evaluate(bundle, cases, args.output, threads=args.threads)))
 
 

@@ -20,10 +20,13 @@ from numpy.typing import NDArray
 
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.network import MoME
+from mome_sdk.engines import Engine, open_engine
+from mome_sdk.network import MoME, UNet
 from mome_sdk.nifti import read_nifti, write_nifti
+from mome_sdk.preprocess.align import align
+from mome_sdk.preprocess.pipeline import prepare
 from mome_sdk.sliding_window import SlidingWindow
-from mome_sdk.volume import Grid, Volume
+from mome_sdk.volume import Volume
 
 from .anatomy import Anatomy, Byte, Float
 from .config import TrainConfig
@@ -84,38 +87,34 @@ def write_case(case: Case, folder: Path) -> None:
 
 @dataclass
 class OwnExpertEngine:
-    """Fused logits and, behind them, one expert's own: an engine with twice the classes."""
+    """One expert alone, as an engine."""
 
-    network: MoME
-    expert: int
+    expert: UNet
     name: str = "torch"
     device: str = "cpu"
     precision: str = "fp32"
     batch: int | None = None
     channels: int = 1
-    classes: int = 4
-    experts: int = 5
+    classes: int = 2
+    experts: int = 1
 
     @torch.inference_mode()
     def run(self, windows: Any, logits: Any, shares: Any = None, stream: Any = None) -> None:
-        """Fill logits (B, 2 + 2, D, H, W): fused, then the expert's."""
+        """Fill logits (B, 2, D, H, W) with the expert's."""
         image = torch.from_numpy(windows).contiguous(memory_format=torch.channels_last_3d)
-        fused, experts, _ = self.network(image)
-        both = torch.cat((fused[0], experts[0][:, self.expert]), dim=1)
-        torch.from_numpy(logits).copy_(both)
+        levels, _ = self.expert(image, 1)
+        torch.from_numpy(logits).copy_(levels[0])
 
     def close(self) -> None:
         """Nothing is held."""
 
 
 def evaluate_case(
-    case: Case, bundle: ModelBundle, network: MoME, threads: int | None = None
+    case: Case, bundle: ModelBundle, fused: Engine, own: Engine, threads: int | None = None
 ) -> Row:
     """Dice of a case: fused, own expert, and every threshold above and below."""
-    window = SlidingWindow(bundle.patch, blend=bundle.blend, batch=2, threads=threads)
-    engine = OwnExpertEngine(network, bundle.modalities.index(case.modality))
-    logits = window.run(engine, case.image[np.newaxis])
-    fused, own = _core.argmax(logits[:2]), _core.argmax(logits[2:])
+    window = SlidingWindow(bundle.patch, blend=bundle.blend, threads=threads)
+    found = [_core.argmax(window.run(engine, case.image[np.newaxis])) for engine in (fused, own)]
     head = case.image > case.image.min() + 0.1
     above = [dice(head & (case.image > t), case.lesion) for t in THRESHOLDS]
     below = [dice(head & (case.image < t), case.lesion) for t in THRESHOLDS]
@@ -125,40 +124,29 @@ def evaluate_case(
         case.modality,
         case.kind,
         volume_ml,
-        dice(fused, case.lesion),
-        dice(own, case.lesion),
+        dice(found[0], case.lesion),
+        dice(found[1], case.lesion),
         above + below,
     )
 
 
-def real_cases(folder: Path, grid: Grid) -> Iterator[Case]:
+def real_cases(folder: Path, bundle: ModelBundle) -> Iterator[Case]:
     """The FLAIR scans of MS 19, MS 26 and a glioma, with the masks that came with them.
 
-    The MS scans lie in MNI space and are resampled; the glioma (1 mm, another atlas) is cut or
-    padded to the size of the model grid around its brain.
+    Scans are registered to the template and prepared as `mome predict` does it, and their masks
+    are carried to the model grid with them.
     """
-    for patient in ("ms_patient19", "ms_patient26"):
-        scan = read_nifti(folder / patient / "FLAIR.nii.gz").resample(grid)
-        mask = read_nifti(folder / patient / "lesion.nii.gz").resample(grid)
-        yield _real(patient, scan, mask)
-    glioma = folder / "glioma_TCGA-DU-7294"
-    scan, mask = (
-        read_nifti(glioma / f"{name}.nii.gz").reorient("RAS")
-        for name in ("FLAIR", "tumour_auto_consensus")
-    )
-    inside = np.argwhere(scan.array > 0)
-    first = (inside.min(axis=0) + inside.max(axis=0) - np.array(grid.shape)) // 2
-    affine = scan.affine.copy()
-    affine[:3, 3] += scan.affine[:3, :3] @ first
-    around = Grid(grid.shape, affine)  # whole voxels away, so that resampling copies them
-    yield _real("glioma", scan.resample(around), mask.resample(around))
-
-
-def _real(name: str, scan: Volume, mask: Volume) -> Case:
-    scan = scan.reorient("SAR")
-    image = _core.zscore(np.ascontiguousarray(scan.array))
-    lesion = (mask.reorient("SAR").array >= 0.5).astype(np.uint8)
-    return Case(name, "FLAIR", "real", image, lesion, scan.affine)
+    for name, mask in (
+        ("ms_patient19", "lesion"),
+        ("ms_patient26", "lesion"),
+        ("glioma_TCGA-DU-7294", "tumour_auto_consensus"),
+    ):
+        scan, known = (read_nifti(folder / name / f"{file}.nii.gz") for file in ("FLAIR", mask))
+        prepared = prepare(scan, bundle, "native", alignment=align(scan, bundle))
+        inside = Volume((known.array > 0).astype(np.float32), known.affine)
+        lesion = inside.resample(prepared.volume.grid, mode="linear").array >= 0.5
+        image = np.ascontiguousarray(prepared.volume.array)
+        yield Case(name, "FLAIR", "real", image, lesion.astype(np.uint8), prepared.volume.affine)
 
 
 def evaluate(
@@ -168,12 +156,15 @@ def evaluate(
     network = MoME(bundle.architecture).eval()
     network.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in bundle.tensors.items()})
     network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    fused = open_engine(bundle, threads=threads)
     rows = read_rows(results) if results.exists() else []
     done = {row.name for row in rows}
     for case in cases:
         if case.name in done:
             continue
-        row = evaluate_case(case, bundle, network, threads)
+        expert = network.experts[bundle.modalities.index(case.modality)]
+        assert isinstance(expert, UNet)
+        row = evaluate_case(case, bundle, fused, OwnExpertEngine(expert), threads)
         rows.append(row)
         with results.open("a", newline="") as file:
             csv.writer(file).writerow([*row[:3], *(f"{v:.4f}" for v in (*row[3:6], *row.baseline))])

@@ -51,9 +51,9 @@ std::string names_of(std::span<const Kernels* const> kernels) {
 }  // namespace
 
 const ConvolutionKernel& Kernels::convolution(int stride, const Index3& out) const {
-  // Large tiles save most, but their transformed weights outweigh what small maps save. Milliseconds
-  // of packing and convolving 320 -> 320 channels, one thread, EPYC with AVX2: at 12^3 voxels F(4x4x4)
-  // 38, F(2x2x2) 49; at 8^3 32, 23 and direct 42; at 4^3 26, 14 and 13.
+  // Large tiles save most, but their transformed weights outweigh what small maps save.
+  // Milliseconds of packing and convolving 320 -> 320 channels, one thread, EPYC with AVX2: at 12^3
+  // voxels F(4x4x4) 38, F(2x2x2) 49; at 8^3 32, 23 and direct 42; at 4^3 26, 14 and 13.
   const std::int64_t edge = std::min({out[0], out[1], out[2]});
   const std::size_t first = stride == 1 ? 0 : 3;
   if (stride == 1) {

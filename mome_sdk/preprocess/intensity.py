@@ -43,14 +43,18 @@ def normalise(volume: Volume) -> Volume:
 
 
 def background_of(volume: Volume) -> float:
-    """The value of the air around the head: the most frequent one on the six faces of the box.
+    """The value of the air around the head, from the six faces of the box.
 
-    Not the corners: real files hold interpolation artefacts there. An image without a constant
-    background has no such value; what comes back is then as good as any.
+    That is the most frequent value there; where none makes up a tenth of them (the air of a whole
+    head is noise), the median. Not the corners: real files hold interpolation artefacts there.
     """
     array = volume.array
-    faces = [array[[0, -1]], array[:, [0, -1]], array[:, :, [0, -1]]]
-    values, counts = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    faces = np.concatenate(
+        [f.ravel() for f in (array[[0, -1]], array[:, [0, -1]], array[:, :, [0, -1]])]
+    )
+    values, counts = np.unique(faces, return_counts=True)
+    if counts.max() < 0.1 * faces.size:
+        return float(np.median(faces))
     return float(values[counts.argmax()])
 
 

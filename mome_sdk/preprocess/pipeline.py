@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import GeometryError, InputError
+from mome_sdk.preprocess.align import Alignment
 from mome_sdk.preprocess.intensity import background_of, check_intensities, head_of, normalise
-from mome_sdk.volume import Grid, Volume
+from mome_sdk.volume import Grid, Volume, inverse
 
-Space: TypeAlias = Literal["mni", "model"]
+Space: TypeAlias = Literal["native", "mni", "model"]
 SPACES: tuple[Space, ...] = get_args(Space)
 
 # Spacing and direction cosines may differ by this from the bundle's grid (`model`): rounding of
@@ -32,35 +33,65 @@ class Prepared:
 
     Attributes:
         volume: Normalised image on the model grid, array axes as the bundle's ("SAR"), float32.
+            Its affine sends array indices to the source's RAS mm: a registration is in it.
         source: Grid of the image that was given.
         brain: bool, shape of `volume.array`: where the brain is.
+        alignment: How the image was brought to the template ("native"), else None.
     """
 
     volume: Volume
     source: Grid
     brain: NDArray[np.bool_]
+    alignment: Alignment | None = None
 
 
-def prepare(volume: Volume, bundle: ModelBundle, space: Space) -> Prepared:
+def prepare(
+    volume: Volume,
+    bundle: ModelBundle,
+    space: Space,
+    *,
+    alignment: Alignment | None = None,
+) -> Prepared:
     """Bring an image onto the grid and to the intensities that the network was trained on.
 
     Args:
         volume: The image (I, J, K), any axes.
         bundle: The model whose grid, axes and template are meant.
         space: What the image's grid is.
+            "native": the scanner's; resampled once, linearly, by `alignment` to the model grid,
+            and nothing but the brain is kept.
             "mni": any grid in the template's space; resampled linearly to the model grid. Outside
             the image its own background is assumed.
             "model": the model's own spacing and axes, in any order and direction, of any extent;
             nothing is interpolated and the position is not looked at.
+        alignment: Where the image lies in the template's space ("native"; see `align`).
 
     Returns:
-        The z-scored image with the network's axes. The brain is the bundle's brain mask ("mni"),
-        or every voxel that differs from the image's background ("model").
+        The z-scored image with the network's axes. The brain is that of the alignment ("native"),
+        the bundle's brain mask ("mni"), or every voxel that differs from the image's background
+        ("model").
 
     Raises:
         InputError: `volume.not-3d`, a single slice; `volume.not-finite`; `volume.constant`.
         GeometryError: `geometry.not-model-grid`, other spacing or tilted axes ("model");
             `geometry.not-mni`, the head is not where the template is ("mni").
+    """
+    check_image(volume)
+    if space == "native":
+        assert alignment is not None
+        placed, brain = _by_alignment(volume, bundle, alignment)
+    elif space == "mni":
+        placed, brain = _on_template(volume, bundle)
+    else:
+        placed, brain = _as_it_is(volume, bundle)
+    return Prepared(normalise(placed), volume.grid, brain, alignment)
+
+
+def check_image(volume: Volume) -> None:
+    """Refuse what is no image of a head, whatever its place.
+
+    Raises:
+        InputError: `volume.not-3d`, a single slice; `volume.not-finite`; `volume.constant`.
     """
     if min(volume.array.shape) < 2:
         raise InputError(
@@ -69,9 +100,6 @@ def prepare(volume: Volume, bundle: ModelBundle, space: Space) -> Prepared:
             hint="At least two voxels along every axis are expected.",
         )
     check_intensities(volume)
-    place = {"mni": _on_template, "model": _as_it_is}[space]
-    placed, brain = place(volume, bundle)
-    return Prepared(normalise(placed), volume.grid, brain)
 
 
 def restore(
@@ -110,6 +138,26 @@ def _on_source(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.fl
     if turned.grid.matches(prepared.source):
         return turned.array
     return there.resample(prepared.source, mode="linear", fill=0.0).array
+
+
+def _by_alignment(
+    volume: Volume, bundle: ModelBundle, alignment: Alignment
+) -> tuple[Volume, NDArray[np.bool_]]:
+    """The brain on the model grid, background around it; and where it is.
+
+    The model grid is carried into the scan's space, so that image and brain are interpolated once.
+    """
+    grid = bundle.grid.reorient(bundle.axes)
+    there = Grid(grid.shape, inverse(alignment.to_template) @ grid.affine)
+    background = background_of(volume)
+    placed = volume.resample(there, mode="linear", fill=background)
+    if alignment.brain is None:
+        brain = bundle.brain_mask.resample(grid, mode="nearest").array != 0
+    else:
+        brain = alignment.brain.resample(there, mode="nearest").array != 0
+    if alignment.brain_from != "image":
+        placed = Volume(np.where(brain, placed.array, np.float32(background)), placed.affine)
+    return placed, brain
 
 
 def _on_template(volume: Volume, bundle: ModelBundle) -> tuple[Volume, NDArray[np.bool_]]:

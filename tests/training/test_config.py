@@ -10,6 +10,23 @@ from mome_sdk.errors import InputError
 from mome_sdk.training.__main__ import DEMO_CONFIG
 from mome_sdk.training.config import load_config
 
+# The demonstration model was trained without this stage.
+GATE = """[gate]
+start = "FLAIR"
+steps = 2000
+small_patch = [48, 48, 48]
+small_steps = 2000
+batch = 5
+lr = 3e-3
+optimizer = "adamw"
+weight_decay = 1e-4
+
+"""
+
+
+def with_gate() -> str:
+    return DEMO_CONFIG.read_text().replace("[joint]", GATE + "[joint]")
+
 
 def test_demo_config_has_the_five_modalities_in_expert_order():
     config = load_config(DEMO_CONFIG)
@@ -42,7 +59,7 @@ def test_demo_config_has_the_five_modalities_in_expert_order():
 )
 def test_a_wrong_key_is_named(tmp_path: Path, old: str, new: str, found: str):
     path = tmp_path / "config.toml"
-    text = DEMO_CONFIG.read_text()
+    text = with_gate()
     assert old in text
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(InputError, match=found) as caught:
@@ -55,8 +72,8 @@ def test_experts_come_after_those_they_start_from():
 
 
 def test_the_gate_stage_may_be_left_out(tmp_path: Path):
-    text = DEMO_CONFIG.read_text()
-    before, gate, after = text.partition("[gate]")
-    (tmp_path / "config.toml").write_text(before + "[joint]" + after.partition("[joint]")[2])
-    assert gate
-    assert load_config(tmp_path / "config.toml").gate is None
+    assert load_config(DEMO_CONFIG).gate is None
+    (tmp_path / "config.toml").write_text(with_gate())
+    gate = load_config(tmp_path / "config.toml").gate
+    assert gate is not None
+    assert (gate.start, gate.steps) == ("FLAIR", 2000)

@@ -57,7 +57,7 @@ def test_fused_dice_is_that_of_a_segmenter_and_a_case_runs_once(
     case = held_out_case(config, anatomies, "FLAIR", 0)
     results = tmp_path / "results.csv"
     (row,) = evaluate(tiny_bundle, [case], results)
-    with Segmenter(tiny_bundle, engine="torch") as segmenter:
+    with Segmenter(tiny_bundle, engine="torch", space="mni") as segmenter:
         mask = _core.argmax(segmenter.logits(case.image[np.newaxis]))
     assert row.fused == pytest.approx(dice(mask, case.lesion), abs=1e-3)
     assert row.volume_ml == pytest.approx(case.lesion.sum() / 1000)
@@ -99,9 +99,10 @@ def test_an_unknown_modality_is_named(labelmaps, tmp_path):
     assert caught.value.code == "argument.modality"
 
 
+@pytest.mark.slow
 def test_real_scans_and_their_masks_share_the_model_grid(data_dir, tiny_bundle):
     """Lesions of FLAIR are bright: a mask that lay elsewhere would not show it."""
-    for case in real_cases(data_dir, tiny_bundle.grid):
+    for case in real_cases(data_dir, tiny_bundle):
         assert case.image.shape == case.lesion.shape == (160, 196, 160)
         brain = case.image > 0
         lesion = case.lesion == 1
