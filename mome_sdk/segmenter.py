@@ -187,6 +187,12 @@ class Segmenter:
             EngineError: the engine did not work, or this Segmenter is closed.
         """
         self._check_native(reference=reference, brain_mask=brain_mask, force=force)
+        if reference is not None and brain_mask is not None:
+            raise InputError(
+                "argument.brain-mask",
+                "A brain mask was given together with a reference.",
+                hint="The brain comes from the reference: give the mask to `align`.",
+            )
         ready = self._ready(volume, reference, brain_mask, force=force)
         return self._found(ready, progress, shares=shares)
 

@@ -421,3 +421,12 @@ def test_an_error_of_a_batch_keeps_no_array(
 
 def reading_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "mome-prepare" in thread.name]
+
+
+def test_a_brain_mask_beside_a_reference_is_not_ignored(whole_head_bundle: ModelBundle) -> None:
+    segmenter = Segmenter(whole_head_bundle, BrightEngine())
+    template = whole_head_bundle.template
+    reference = segmenter.align(template)
+    with pytest.raises(InputError, match="together with a reference") as caught:
+        segmenter.predict(template, reference=reference, brain_mask=whole_head_bundle.brain_mask)
+    assert caught.value.code == "argument.brain-mask"

@@ -95,13 +95,16 @@ def align_to(reference: Alignment, scan: Volume, bundle: ModelBundle, *, force: 
     Raises:
         PreparationError: the scan does not lie where the reference does.
     """
+    unfit = check_grid(scan.grid)
+    if unfit and not force:
+        raise _refusal(unfit, None)
     quality = judge(scan, reference.to_template, bundle)
     brain, source = (None, "image") if quality.is_stripped else (reference.brain, "reference")
     if not quality.is_stripped and brain is None:
         source = "template"
     method = f"reference: {reference.method}"
     found = Alignment(reference.to_template, brain, method, source, quality)
-    return _checked(found, [], force=force, may_strip=False)
+    return _checked(found, [unfit] if unfit else [], force=force, may_strip=False)
 
 
 def _best(
@@ -118,7 +121,9 @@ def _best(
     def alignment(to_template: NDArray[np.float64], how: str) -> Alignment:
         quality = judge(moving, to_template, bundle)
         if brain is not None or quality.is_stripped:
-            mask = brain or Volume(scan.array != background_of(scan), scan.affine)
+            mask = brain
+            if mask is None:
+                mask = Volume(scan.array != background_of(scan), scan.affine)
             return Alignment(to_template, mask, how, source, quality)
         return Alignment(to_template, None, how, "template", quality)
 

@@ -120,7 +120,7 @@ def judge(scan: Volume, to_template: NDArray[np.float64], bundle: ModelBundle) -
     seen = there.resample(target.grid, mode="linear", fill=background).array
     sizes = Volume(np.ones(scan.array.shape, np.uint8), there.affine)
     in_view = sizes.resample(target.grid, mode="nearest").array[target.brain] != 0
-    tissue = np.abs(seen - np.float32(background)) > 0.02 * _spread(seen, background)
+    tissue = _tissue(seen, background)
     copies = {
         how: _similarity(np.flip(seen, axes)[target.brain], target.values)
         for how, axes in _COPIES.items()
@@ -191,8 +191,11 @@ def _entropy(probability: NDArray[np.float64]) -> float:
     return float(-(positive * np.log(positive)).sum())
 
 
-def _spread(values: NDArray[Any], background: float) -> float:
-    return float(np.percentile(np.abs(values - background), 99))
+def _tissue(values: NDArray[Any], background: float) -> NDArray[np.bool_]:
+    """Where values differ from the background by over 2 % of what the brightest hundredth does."""
+    contrast = np.abs(values - np.float32(background))
+    different: NDArray[np.bool_] = contrast > 0.02 * np.percentile(contrast, 99)
+    return different
 
 
 def _overlap(there: Volume, background: float, bundle: ModelBundle) -> float:
@@ -205,7 +208,7 @@ def _overlap(there: Volume, background: float, bundle: ModelBundle) -> float:
     i, j, k = (length // 4 + 2 * margin for length in mask.array.shape)
     grid = Grid((i, j, k), affine)
     seen = there.resample(grid, mode="nearest", fill=background).array
-    tissue = np.abs(seen - np.float32(background)) > 0.02 * _spread(seen, background)
+    tissue = _tissue(seen, background)
     brain = mask.resample(grid, mode="nearest").array != 0
     both = np.count_nonzero(tissue) + np.count_nonzero(brain)
     return 2.0 * int(np.count_nonzero(tissue & brain)) / int(both) if both else 0.0

@@ -30,7 +30,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _HEAD_MM = 170.0
 # Turned by this much about the left-right axis, heads that lie far back or forward are caught too.
 _NOD_DEGREES = (0.0, 25.0, -25.0)
-# Usually 4 to 15 s; images of noise can keep it for many minutes.
+# A scan takes 4 to 25 s; an image of noise kept it for over 5 minutes.
 _TIMEOUT_S = 120
 # ITK and ANTs count L, P, S where NIfTI counts R, A, S.
 _LPS = np.diag((-1.0, -1.0, 1.0, 1.0))

@@ -194,6 +194,11 @@ def test_another_scan_goes_where_its_reference_is(bundle: ModelBundle, at_rest: 
     found = align_to(at_rest, head, bundle, force=False)
     assert found.method == f"reference: {at_rest.method}"
     assert found.brain_from == "reference"
+    thick = bundle.template.resample(
+        Grid((197, 233, 16), bundle.template.affine @ np.diag((1, 1, 12, 1)))
+    )
+    with pytest.raises(PreparationError, match=r"12\.0 mm"):
+        align_to(at_rest, thick, bundle, force=False)
     moved = np.array(head.affine)
     moved[:3, 3] += 40.0
     with pytest.raises(PreparationError) as caught:
