@@ -154,18 +154,22 @@ class ConvolutionTask {
     std::int64_t rows;  // of all layers
   };
 
-  // Fetches the rows of a later task into the cache, a few lines at a time between the products of
-  // this one. Without it the input transform waits for memory: 36 rows defeat the processor's own.
+  // Fetches the rows that a later task reads into the cache, and those that this one adds to, a few
+  // lines at a time between the products of this one. Without it the transforms wait for memory:
+  // 36 rows at once defeat the processor's own prefetch.
   class Ahead {
    public:
     explicit Ahead(const ConvolutionTask& now)
-        : call_(now.call_),
+        : now_(now),
+          call_(now.call_),
           channels_(now.channels_),
           there_(now.task_ + call_.workers < tasks(call_)),
-          place_(now.tiling_, there_ ? now.task_ + call_.workers : now.task_),
-          segments_(there_ ? channels_.blocks * place_.rows * Depth::kIn * kNew : 0) {
+          next_(now.tiling_, there_ ? now.task_ + call_.workers : now.task_),
+          inputs_(there_ ? channels_.blocks * next_.rows * Depth::kIn * kNew : 0),
+          results_(call_.accumulate ? now.output_blocks_ * now.place_.rows * kOut : 0) {
       constexpr std::int64_t kProducts = kPlanes * Plane::kPoints;
-      const std::int64_t lines = segments_ * (place_.in_width() * kWidth / kLine + 1);
+      const std::int64_t lines = inputs_ * (next_.in_width() * kWidth / kLine + 1) +
+                                 results_ * (now.place_.out_width() * kWidth / kLine + 1);
       burst_ = (lines + kProducts - 1) / kProducts;
     }
 
@@ -180,47 +184,69 @@ class ConvolutionTask {
     static constexpr std::int64_t kLine = 16;
     // Rows that the task just before, in the same column, has not read.
     static constexpr std::int64_t kNew = kStride * Plane::kOut;
+    static constexpr std::int64_t kOut = std::int64_t{Depth::kOut} * Plane::kOut;
 
     bool next_segment() {
-      while (segment_ < segments_) {
-        const std::int64_t row = segment_ / kNew % place_.rows;
-        const std::int64_t rest = segment_ / (kNew * place_.rows);
-        const std::int64_t h =
-            kStride * Plane::kOut * place_.row_of(row) - 1 + Plane::kIn - kNew + segment_ % kNew;
-        const std::int64_t d = kStride * Depth::kOut * place_.layer_of(row) - 1 + rest % Depth::kIn;
-        const std::int64_t block = rest / Depth::kIn;
-        ++segment_;
-        if (d < 0 || d >= call_.in[0] || h < 0 || h >= call_.in[1]) {
-          continue;
+      while (segment_ < inputs_ + results_) {
+        const std::int64_t segment = segment_++;
+        if (segment < inputs_ ? input_row(segment) : result_row(segment - inputs_)) {
+          return true;
         }
-        const bool second = block >= channels_.first_blocks;
-        const std::int64_t own = second ? block - channels_.first_blocks : block;
-        const float* line = call_.inputs[second ? 1 : 0].data +
-                            ((own * call_.in[0] + d) * call_.in[1] + h) * call_.in[2] * kWidth;
-        const std::int64_t w0 = kStride * Plane::kOut * place_.first_column - 1;
-        at_ = line + larger(0, w0) * kWidth;
-        end_ = line + smaller(call_.in[2], w0 + place_.in_width()) * kWidth;
-        return true;
       }
       return false;
     }
 
+    bool input_row(std::int64_t segment) {
+      const std::int64_t row = segment / kNew % next_.rows;
+      const std::int64_t rest = segment / (kNew * next_.rows);
+      const std::int64_t h =
+          kStride * Plane::kOut * next_.row_of(row) - 1 + Plane::kIn - kNew + segment % kNew;
+      const std::int64_t d = kStride * Depth::kOut * next_.layer_of(row) - 1 + rest % Depth::kIn;
+      const std::int64_t block = rest / Depth::kIn;
+      const bool second = block >= channels_.first_blocks;
+      const std::int64_t own = second ? block - channels_.first_blocks : block;
+      const std::int64_t w = kStride * Plane::kOut * next_.first_column - 1;
+      return set(call_.inputs[second ? 1 : 0].data, call_.in, {own, d, h}, w, next_.in_width());
+    }
+
+    bool result_row(std::int64_t segment) {
+      const Place& place = now_.place_;
+      const std::int64_t row = segment / kOut % place.rows;
+      const std::int64_t d = Depth::kOut * place.layer_of(row) + segment % kOut / Plane::kOut;
+      const std::int64_t h = Plane::kOut * place.row_of(row) + segment % Plane::kOut;
+      const std::int64_t w = Plane::kOut * place.first_column;
+      return set(call_.result, call_.out, {segment / (kOut * place.rows), d, h}, w,
+                 place.out_width());
+    }
+
+    // Voxels [w, w + count) of the row (block, d, h); false if the tensor has no such row.
+    bool set(const float* data, const Index3& shape, const Index3& row, std::int64_t w,
+             std::int64_t count) {
+      const auto [block, d, h] = row;
+      if (d < 0 || d >= shape[0] || h < 0 || h >= shape[1]) {
+        return false;
+      }
+      const float* line = data + ((block * shape[0] + d) * shape[1] + h) * shape[2] * kWidth;
+      at_ = line + larger(0, w) * kWidth;
+      end_ = line + smaller(shape[2], w + count) * kWidth;
+      return true;
+    }
+
+    const ConvolutionTask& now_;
     const Convolution& call_;
     const Channels& channels_;
     bool there_;
-    Place place_;
-    std::int64_t segments_;
+    Place next_;
+    std::int64_t inputs_;   // rows to fetch
+    std::int64_t results_;  // rows to fetch
     std::int64_t segment_ = 0;
     std::int64_t burst_ = 0;
     const float* at_ = nullptr;
     const float* end_ = nullptr;
   };
 
-  // Results that no cache holds until they are read.
   bool streaming() const {
-    constexpr std::int64_t kFloats = 1 << 22;
-    return !call_.accumulate &&
-           call_.out[0] * call_.out[1] * call_.out[2] * call_.channels > kFloats;
+    return call_.out[0] * call_.out[1] * call_.out[2] * call_.channels > kStreamed;
   }
 
   std::int64_t tiles() const { return place_.rows * place_.columns; }
@@ -300,9 +326,12 @@ class ConvolutionTask {
   void transform_line(const float* (&lines)[Depth::kIn][Plane::kIn], std::int64_t w, V scale,
                       V shift, float slope, float* to) {
     V half[Columns][Depth::kPoints][Plane::kIn];
+#pragma GCC unroll 16
     for (int h = 0; h < Plane::kIn; ++h) {
       V x[Columns][Depth::kIn];
+#pragma GCC unroll 16
       for (int d = 0; d < Depth::kIn; ++d) {
+#pragma GCC unroll 16
         for (int c = 0; c < Columns; ++c) {
           if (Inside || lines[d][h] != nullptr) {
             const V t = load<S>(lines[d][h] + (w + c) * kWidth) * scale + shift;
@@ -312,16 +341,21 @@ class ConvolutionTask {
           }
         }
       }
+#pragma GCC unroll 16
       for (int c = 0; c < Columns; ++c) {
         Depth::input(x[c], 1, &half[c][0][h], Plane::kIn);
       }
     }
+#pragma GCC unroll 16
     for (int d = 0; d < Depth::kPoints; ++d) {
       V y[Columns][Plane::kPoints];
+#pragma GCC unroll 16
       for (int c = 0; c < Columns; ++c) {
         Plane::input(half[c][d], 1, y[c], 1);
       }
+#pragma GCC unroll 16
       for (int h = 0; h < Plane::kPoints; ++h) {
+#pragma GCC unroll 16
         for (int c = 0; c < Columns; ++c) {
           store<S>(to + (d * Plane::kPoints + h) * transformed_plane() + c * kWidth, y[c][h]);
         }
@@ -339,11 +373,13 @@ class ConvolutionTask {
       for (std::int64_t tile = 0; tile < place_.columns; ++tile) {
         V x[Plane::kIn];
         V y[Plane::kPoints];
+#pragma GCC unroll 16
         for (int w = 0; w < Plane::kIn; ++w) {
           x[w] = load<S>(from +
                          (line * place_.in_width() + tile * kStride * Plane::kOut + w) * kWidth);
         }
         Plane::input(x, 1, y, 1);
+#pragma GCC unroll 16
         for (int p = 0; p < Plane::kPoints; ++p) {
           store<S>(to + p * point_size + tile * kWidth, y[p]);
         }
@@ -365,10 +401,12 @@ class ConvolutionTask {
     for (std::int64_t tile = 0; tile < output_blocks_ * tiles(); ++tile) {
       V m[Plane::kPoints];
       V y[Plane::kOut];
+#pragma GCC unroll 16
       for (int p = 0; p < Plane::kPoints; ++p) {
         m[p] = load<S>(multiplied_ + p * product_size + tile * kWidth);
       }
       Plane::output(m, 1, y, 1);
+#pragma GCC unroll 16
       for (int w = 0; w < Plane::kOut; ++w) {
         store<S>(to + (tile * Plane::kOut + w) * kWidth, y[w]);
       }
@@ -424,6 +462,7 @@ class ConvolutionTask {
   void write_line(const float* from, std::int64_t depth, std::int64_t height, float* to,
                   Moments<S>& moments) {
     V y[Columns][Depth::kOut][Plane::kOut];
+#pragma GCC unroll 16
     for (int c = 0; c < Columns; ++c) {
       transform_back(from + c * kWidth, y[c]);
     }
@@ -431,6 +470,7 @@ class ConvolutionTask {
     for (int d = 0; d < depth; ++d) {
       for (int h = 0; h < height; ++h) {
         float* voxel = to + (d * call_.out[1] + h) * call_.out[2] * kWidth;
+#pragma GCC unroll 16
         for (int c = 0; c < Columns; ++c) {
           const V value = call_.accumulate ? y[c][d][h] + load<S>(voxel + c * kWidth) : y[c][d][h];
           if (Streaming) {
@@ -447,13 +487,16 @@ class ConvolutionTask {
 
   void transform_back(const float* from, V (&y)[Depth::kOut][Plane::kOut]) {
     V half[Depth::kPoints][Plane::kOut];
+#pragma GCC unroll 16
     for (int d = 0; d < Depth::kPoints; ++d) {
       V m[Plane::kPoints];
+#pragma GCC unroll 16
       for (int h = 0; h < Plane::kPoints; ++h) {
         m[h] = load<S>(from + (d * Plane::kPoints + h) * product_plane());
       }
       Plane::output(m, 1, half[d], 1);
     }
+#pragma GCC unroll 16
     for (int h = 0; h < Plane::kOut; ++h) {
       Depth::output(&half[0][h], Plane::kOut, &y[0][h], Plane::kOut);
     }
@@ -533,11 +576,13 @@ class WeightPacking {
 
   static void gather(const StoredWeights& weights, std::int64_t channel, std::int64_t first_output,
                      Vector (&taps)[3][3][3]) {
+    auto* to = reinterpret_cast<double*>(&taps);
     for (std::int64_t lane = 0; lane < kWidth && first_output + lane < weights.outputs; ++lane) {
       const float* from =
           weights.data + ((first_output + lane) * weights.stored_inputs + channel) * 27;
+#pragma GCC unroll 27
       for (int tap = 0; tap < 27; ++tap) {
-        taps[tap / 9][tap / 3 % 3][tap % 3][lane] = static_cast<double>(from[tap]);
+        to[tap * kWidth + lane] = static_cast<double>(from[tap]);
       }
     }
   }

@@ -36,7 +36,9 @@ void multiply_tile(const float* a, const float* u, const Channels& channels,
   using V = typename S::Vector;
   constexpr std::int64_t kWidth = S::kWidth;
   V sum[Rows][Columns];
+#pragma GCC unroll 16
   for (int t = 0; t < Rows; ++t) {
+#pragma GCC unroll 16
     for (int v = 0; v < Columns; ++v) {
       sum[t][v] = V{};  // one by one: an initialiser would clear memory too
     }
@@ -46,11 +48,14 @@ void multiply_tile(const float* a, const float* u, const Channels& channels,
     // page.
     __builtin_prefetch(column + 1024, 0, 2);
     V weight[Columns];
+#pragma GCC unroll 16
     for (int v = 0; v < Columns; ++v) {
       weight[v] = load<S>(column + v * kWidth);
     }
+#pragma GCC unroll 16
     for (int t = 0; t < Rows; ++t) {
       const V value = broadcast<S>(row[t * kWidth]);
+#pragma GCC unroll 16
       for (int v = 0; v < Columns; ++v) {
         sum[t][v] += value * weight[v];
       }
@@ -70,7 +75,9 @@ void multiply_tile(const float* a, const float* u, const Channels& channels,
       }
     }
   }
+#pragma GCC unroll 16
   for (int t = 0; t < Rows; ++t) {
+#pragma GCC unroll 16
     for (int v = 0; v < Columns; ++v) {
       store<S>(c + (v * row_stride + t) * kWidth, sum[t][v]);
     }

@@ -86,6 +86,8 @@ struct StemTask {
     const std::int64_t first = task % groups(call) * kRows;
     const std::int64_t last = first + kRows < call.shape[1] ? first + kRows : call.shape[1];
     const std::int64_t blocks = (call.channels + kWidth - 1) / kWidth;
+    const bool streaming =
+        call.shape[0] * call.shape[1] * call.shape[2] * call.channels > kStreamed;
     double* statistics =
         call.statistics == nullptr ? nullptr : call.statistics + 2 * task * blocks * kWidth;
     for (std::int64_t i = 0; statistics != nullptr && i < 2 * blocks * kWidth; ++i) {
@@ -94,9 +96,16 @@ struct StemTask {
     for (std::int64_t h = first; h < last; ++h) {
       copy_rows(call, d, h, scratch);
       for (std::int64_t block = 0; block < blocks; ++block) {
-        run_row(call, d, h, block, scratch,
-                statistics == nullptr ? nullptr : statistics + block * kWidth, blocks * kWidth);
+        double* sums = statistics == nullptr ? nullptr : statistics + block * kWidth;
+        if (streaming) {
+          run_row<true>(call, d, h, block, scratch, sums, blocks * kWidth);
+        } else {
+          run_row<false>(call, d, h, block, scratch, sums, blocks * kWidth);
+        }
       }
+    }
+    if (streaming) {
+      _mm_sfence();
     }
   }
 
@@ -118,6 +127,7 @@ struct StemTask {
     }
   }
 
+  template <bool Streaming>
   static void run_row(const Stem& call, std::int64_t d, std::int64_t h, std::int64_t block,
                       const float* rows, double* statistics, std::int64_t squares_after) {
     const auto [depth, height, width] = call.shape;
@@ -129,10 +139,11 @@ struct StemTask {
     Moments<S> moments{middle[0]};
     std::int64_t w = 0;
     for (; w + kTogether <= width; w += kTogether) {
-      run_voxels<kTogether>(rows + w, width + 2, taps, weights, to + w * kWidth, moments);
+      run_voxels<kTogether, Streaming>(rows + w, width + 2, taps, weights, to + w * kWidth,
+                                       moments);
     }
     for (; w < width; ++w) {
-      run_voxels<1>(rows + w, width + 2, taps, weights, to + w * kWidth, moments);
+      run_voxels<1, false>(rows + w, width + 2, taps, weights, to + w * kWidth, moments);
     }
     if (statistics != nullptr) {
       moments.add_to(width, statistics, statistics + squares_after);
@@ -144,13 +155,16 @@ struct StemTask {
   template <std::int64_t Voxels>
   static void convolve(const float* rows, std::int64_t row_stride, std::int64_t taps,
                        const float* weights, V (&value)[Voxels]) {
+#pragma GCC unroll 8
     for (V& each : value) {
       each = V{};
     }
     for (std::int64_t tap = 0; tap < taps; tap += 3) {
       const float* row = rows + tap / 3 * row_stride;
+#pragma GCC unroll 3
       for (std::int64_t k = 0; k < 3; ++k) {
         const V weight = load<S>(weights + (tap + k) * kWidth);
+#pragma GCC unroll 8
         for (std::int64_t v = 0; v < Voxels; ++v) {
           value[v] += broadcast<S>(row[v + k]) * weight;
         }
@@ -158,22 +172,27 @@ struct StemTask {
     }
   }
 
-  template <std::int64_t Voxels>
+  template <std::int64_t Voxels, bool Streaming>
   static void run_voxels(const float* rows, std::int64_t row_stride, std::int64_t taps,
                          const float* weights, float* to, Moments<S>& moments) {
     V value[Voxels];
     convolve<Voxels>(rows, row_stride, taps, weights, value);
     Moments<S> group = moments.empty();
+#pragma GCC unroll 8
     for (std::int64_t v = 0; v < Voxels; ++v) {
-      store<S>(to + v * kWidth, value[v]);
+      if (Streaming) {
+        store_streaming<S>(to + v * kWidth, value[v]);
+      } else {
+        store<S>(to + v * kWidth, value[v]);
+      }
       group.add(value[v]);
     }
     moments.add(group);
   }
 };
 
-// A task is one row (along w) of the input: a matrix product for each of the eight taps, whose
-// results interleave.
+// A task is one row (along w) of the input: a matrix product for each of the eight taps. The
+// results of two that are neighbours along w interleave.
 template <typename S>
 struct UpsamplingTask {
   using V = typename S::Vector;
@@ -196,28 +215,52 @@ struct UpsamplingTask {
 
   static std::int64_t scratch(const Upsampling& call) {
     const Channels channels{call.input.channels, 0, kWidth};
-    return (channels.blocks + (call.channels + kWidth - 1) / kWidth) * call.in[2] * kWidth;
+    return (channels.blocks + 2 * ((call.channels + kWidth - 1) / kWidth)) * call.in[2] * kWidth;
   }
 
   static void run(const Upsampling& call, std::int64_t task, float* scratch) {
     const auto [depth, height, width] = call.in;
     const Channels channels{call.input.channels, 0, kWidth};
     const std::int64_t blocks = (call.channels + kWidth - 1) / kWidth;
+    const std::int64_t matrix = matrix_size<S>(call.input.channels, call.channels);
+    const std::int64_t product_size = blocks * width * kWidth;
     float* product = scratch + channels.blocks * width * kWidth;
     activate<S>(call.input, depth * height * width, task * width, width, scratch);
-    for (std::int64_t tap = 0; tap < 8; ++tap) {
-      multiply<S>(scratch, call.weights + tap * matrix_size<S>(call.input.channels, call.channels),
-                  channels, blocks, width, product);
-      const std::int64_t d = 2 * (task / height) + tap / 4;
-      const std::int64_t h = 2 * (task % height) + tap / 2 % 2;
+    for (std::int64_t pair = 0; pair < 4; ++pair) {
+      for (std::int64_t w = 0; w < 2; ++w) {
+        multiply<S>(scratch, call.weights + (2 * pair + w) * matrix, channels, blocks, width,
+                    product + w * product_size);
+      }
+      const std::int64_t d = 2 * (task / height) + pair / 2;
+      const std::int64_t h = 2 * (task % height) + pair % 2;
       for (std::int64_t block = 0; block < blocks; ++block) {
         const V bias = load<S>(call.bias + block * kWidth);
-        float* to = call.result +
-                    (((block * 2 * depth + d) * 2 * height + h) * 2 * width + tap % 2) * kWidth;
-        for (std::int64_t w = 0; w < width; ++w) {
-          store<S>(to + 2 * w * kWidth, load<S>(product + (block * width + w) * kWidth) + bias);
+        const float* from = product + block * width * kWidth;
+        float* to = call.result + ((block * 2 * depth + d) * 2 * height + h) * 2 * width * kWidth;
+        if (8 * depth * height * width * call.channels > kStreamed) {
+          interleave<true>(from, from + product_size, bias, width, to);
+        } else {
+          interleave<false>(from, from + product_size, bias, width, to);
         }
       }
+    }
+    _mm_sfence();
+  }
+
+ private:
+  template <bool Streaming>
+  static void interleave(const float* even, const float* odd, V bias, std::int64_t width,
+                         float* to) {
+    const auto write = [](float* voxel, V value) {
+      if (Streaming) {
+        store_streaming<S>(voxel, value);
+      } else {
+        store<S>(voxel, value);
+      }
+    };
+    for (std::int64_t w = 0; w < width; ++w) {
+      write(to + 2 * w * kWidth, load<S>(even + w * kWidth) + bias);
+      write(to + (2 * w + 1) * kWidth, load<S>(odd + w * kWidth) + bias);
     }
   }
 };

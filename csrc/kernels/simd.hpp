@@ -7,7 +7,15 @@
 // One vector type for every instruction set: kernels are written once, as templates over a Simd,
 // and compiled in a translation unit per instruction set. The arithmetic is that of the compiler's
 // vector extension, so the 16-lane form also compiles, and is tested, where there is only AVX2.
+//
+// Loops over an array of vectors that should stay in registers carry `#pragma GCC unroll`:
+// otherwise GCC 12 keeps the array on the stack (83 % of the processor's peak instead of 99 % in
+// the matrix product).
 namespace mome {
+
+// Results of more numbers than this are written past the caches, which would not hold them until
+// they are read.
+inline constexpr std::int64_t kStreamed = 1 << 22;
 
 template <typename T, int Lanes>
 struct VectorOf {
