@@ -213,7 +213,10 @@ def _in_actors(
                 _Actor,
                 fn_constructor_args=({**settings, "threads": threads}, str(Path.cwd()), force),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=min(actors, len(cases))),
+                # One case at a time: those that wait in an actor's queue would be lost with it.
+                compute=ray.data.ActorPoolStrategy(
+                    size=min(actors, len(cases)), max_tasks_in_flight_per_actor=1
+                ),
                 num_cpus=cpus,
                 num_gpus=gpus,
                 max_task_retries=2,
