@@ -97,7 +97,9 @@ std::vector<py::dict> profile(NativeEngine& engine, const Floats& windows, Float
 
 void bind_native(py::module_& module) {
   using py::arg;
-  module.def("native_kernels", [] { return chosen_kernels().name; });
+  module.def(
+      "native_kernels", [](std::int64_t channels) { return chosen_kernels(channels).name; },
+      arg("channels"));
   py::class_<NativeEngine, std::shared_ptr<NativeEngine>>(module, "NativeEngine")
       .def(py::init(&open_native), arg("path"), py::kw_only(), arg("offset") = 0,
            arg("size") = py::none(), arg("threads") = py::none())

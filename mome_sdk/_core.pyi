@@ -213,8 +213,11 @@ class StepTime(TypedDict):
     gflop: float
     executed: float
 
-def native_kernels() -> str:
+def native_kernels(channels: int) -> str:
     """The kernels that the native engine takes on this processor, or that MOME_CPU names.
+
+    Args:
+        channels: Of the network's largest maps: few fill no block of 16.
 
     Raises:
         EngineError: `engine.cpu`, MOME_CPU names others than there are; `engine.missing`, there

@@ -394,7 +394,7 @@ def _engine_state(name: str) -> str:
     """Version of the engine's library, or why it cannot run here."""
     if name == "native":
         try:
-            return f"{_core.native_kernels()} kernels"
+            return f"{_core.native_kernels(channels=32)} kernels"  # for the published size
         except MomeError as error:
             return str(error)
     try:

@@ -300,7 +300,7 @@ def test_doctor_names_engines_and_what_is_missing(
     monkeypatch.setattr("mome_sdk.cli.ENGINES", dict.fromkeys(["native", "onnxruntime", "abacus"]))
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
-    assert f"native       {_core.native_kernels()} kernels" in said
+    assert f"native       {_core.native_kernels(channels=32)} kernels" in said
     assert f"onnxruntime  {version('onnxruntime')}" in said
     assert 'missing: pip install "mome-sdk[abacus]"' in said
     assert "threads" in said

@@ -67,7 +67,7 @@ std::span<const Kernels* const> available_kernels() {
   return kFound;
 }
 
-const Kernels& chosen_kernels() {
+const Kernels& chosen_kernels(std::int64_t channels) {
   const auto available = available_kernels();
   const char* wanted = std::getenv("MOME_CPU");
   if (wanted == nullptr || *wanted == '\0') {
@@ -75,7 +75,10 @@ const Kernels& chosen_kernels() {
       throw Error("engine.missing", "The engine native needs a processor with AVX2.",
                   "Take the engine onnxruntime or openvino.");
     }
-    return *available.back();
+    // Blocks that are half empty cost what full ones do: with 4 channels, a window of the
+    // demonstration model took 0.155 s with AVX2 and 0.206 s with AVX-512.
+    const bool half_empty = available.size() > 2 && 2 * channels <= available.back()->width;
+    return half_empty ? *available[available.size() - 2] : *available.back();
   }
   for (const Kernels* each : available) {
     if (std::string(wanted) == each->name) {

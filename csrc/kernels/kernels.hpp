@@ -158,9 +158,10 @@ struct Kernels {
 // What was compiled for and runs on this processor, slowest first.
 std::span<const Kernels* const> available_kernels();
 
-// The kernels that MOME_CPU names, else the fastest. Throws Error engine.cpu if MOME_CPU names what
-// this processor lacks, and engine.missing if nothing but the reference is left unasked.
-const Kernels& chosen_kernels();
+// The kernels that MOME_CPU names, else the fastest for a network whose largest maps have this many
+// channels. Throws Error engine.cpu if MOME_CPU names what this processor lacks, and engine.missing
+// if nothing but the reference is left unasked.
+const Kernels& chosen_kernels(std::int64_t channels);
 
 const Kernels& reference_kernels();
 const Kernels& avx2_kernels();

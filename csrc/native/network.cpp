@@ -283,7 +283,7 @@ class Run {
 NativeEngine::NativeEngine(std::shared_ptr<const Weights> weights, int threads,
                            std::function<void()> interrupt)
     : weights_(std::move(weights)),
-      kernels_(chosen_kernels()),
+      kernels_(chosen_kernels(weights_->architecture().features[0])),
       threads_(threads),
       interrupt_(std::move(interrupt)) {
   const std::int64_t edge = weights_->architecture().window_multiple();

@@ -133,6 +133,15 @@ def test_every_set_of_kernels_computes_the_same_network(cpu, tiny_bundle):
     np.testing.assert_allclose(found, expected.ravel(), atol=1e-4 * np.ptp(expected))
 
 
+def test_few_channels_take_kernels_whose_blocks_they_fill(monkeypatch):
+    monkeypatch.delenv("MOME_CPU", raising=False)
+    *_, fastest = _core.kernel_sets()
+    assert _core.native_kernels(channels=16) == _core.native_kernels(channels=9) == fastest
+    assert _core.native_kernels(channels=4) == _core.native_kernels(channels=8) == "avx2"
+    monkeypatch.setenv("MOME_CPU", fastest)
+    assert _core.native_kernels(channels=4) == fastest
+
+
 def test_kernels_that_the_processor_lacks_are_refused(tiny_bundle, monkeypatch):
     monkeypatch.setenv("MOME_CPU", "avx1024")
     for name in ("native", "auto"):
