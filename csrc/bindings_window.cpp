@@ -211,7 +211,6 @@ void bind_errors() {
       raise_in_python(error);
     }
   });
-
 }
 
 void bind_window(py::module_& module) {
@@ -222,8 +221,8 @@ void bind_window(py::module_& module) {
              arg("step"), arg("mirror"), arg("blend"), arg("batch"), arg("threads"));
   module.def("run_sliding_window", &py_run_sliding_window, arg("engine"), arg("image"),
              py::kw_only(), arg("patch"), arg("step"), arg("mirror"), arg("blend"), arg("batch"),
-             arg("threads"), arg("output") = "logits",
-             arg("shares") = false, arg("progress") = py::none());
+             arg("threads"), arg("output") = "logits", arg("shares") = false,
+             arg("progress") = py::none());
   module.def("sliding_window_bytes", &py_sliding_window_bytes, arg("shape"), arg("channels"),
              arg("classes"), arg("experts"), arg("patch"), arg("step"), arg("batch"));
   module.def("softmax", &py_softmax, arg("logits"));

@@ -36,9 +36,8 @@ std::string text_of(const std::string& path) {
 
 // The fields of bundle.json that a run needs; see mome_sdk/schemas/bundle.schema.json.
 struct Fields {
-  std::map<std::string, std::string> texts{
-      {"format", {}}, {"name", {}}, {"notice", {}}, {"axes", {}}, {"normalisation", {}},
-      {"blend", {}}};
+  std::map<std::string, std::string> texts{{"format", {}}, {"name", {}},          {"notice", {}},
+                                           {"axes", {}},   {"normalisation", {}}, {"blend", {}}};
   std::map<std::string, std::vector<std::string>> lists{{"classes", {}}, {"modalities", {}}};
   std::vector<std::int64_t> patch;
   std::int64_t version = 0;

@@ -132,10 +132,9 @@ void bind_device_tensor(py::module_& module) {
                                const auto [b, c, d, h, w] = tensor.shape;
                                return py::make_tuple(b, c, d, h, w);
                              })
-      .def_property_readonly("pointer",
-                             [](const DeviceTensor& tensor) {
-                               return reinterpret_cast<std::uintptr_t>(tensor.data);
-                             })
+      .def_property_readonly(
+          "pointer",
+          [](const DeviceTensor& tensor) { return reinterpret_cast<std::uintptr_t>(tensor.data); })
       .def_readonly("device", &DeviceTensor::device)
       .def("__dlpack_device__", &device_of)
       .def("__dlpack__", &dlpack_of, py::kw_only(), arg("stream") = py::none(),

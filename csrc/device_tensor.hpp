@@ -9,8 +9,8 @@
 
 namespace mome {
 
-// A buffer of a batch on a GPU, as an engine in Python gets it: float32, dense, C order. It keeps the
-// memory alive, and hands it out without a copy, by its address or by DLPack.
+// A buffer of a batch on a GPU, as an engine in Python gets it: float32, dense, C order. It keeps
+// the memory alive, and hands it out without a copy, by its address or by DLPack.
 struct __attribute__((visibility("hidden"))) DeviceTensor {
   void* data;
   std::array<std::int64_t, 5> shape;

@@ -78,8 +78,7 @@ class HostStage final : public Stage {
   }
 
   SlidingWindowResult take() override {
-    const TensorView<float, 2> maps =
-        result_.maps.view<2>({plan_.classes, plan_.shape.size()});
+    const TensorView<float, 2> maps = result_.maps.view<2>({plan_.classes, plan_.shape.size()});
     if (plan_.output == Output::probabilities) {
       softmax(maps, maps);
     } else if (plan_.output == Output::labels) {

@@ -39,8 +39,8 @@ class JsonReader {
   // A whole number from 0 to 2^63 - 1, without sign, fraction or exponent.
   std::int64_t natural();
 
-  // Goes past a value of any kind, numbers with fractions, true, false and null too. Keys of objects
-  // in it may occur twice.
+  // Goes past a value of any kind, numbers with fractions, true, false and null too. Keys of
+  // objects in it may occur twice.
   void skip();
 
   // Nothing but white space may follow.

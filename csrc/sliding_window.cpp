@@ -70,10 +70,10 @@ std::optional<int> ordinal_of(const Engine& engine) {
     }
   }
   if (ordinal < 0) {
-    throw Error("engine.device",
-                "Engine " + engine.name() + " works on " + device +
-                    ", where this runner has no buffers.",
-                "Open it with device=\"cpu\", or \"cuda:0\" and so on.");
+    throw Error(
+        "engine.device",
+        "Engine " + engine.name() + " works on " + device + ", where this runner has no buffers.",
+        "Open it with device=\"cpu\", or \"cuda:0\" and so on.");
   }
   return ordinal;
 }
@@ -140,10 +140,10 @@ void check(const Engine& engine, TensorView<const float, 4> image,
                 "It needs at least one channel and one class.");
   }
   if (wanted.output == Output::labels && engine.classes() > 256) {
-    throw Error("engine.shape",
-                "Engine " + engine.name() + " has " + std::to_string(engine.classes()) +
-                    " classes.",
-                "Labels are of 1 to 256 classes: ask for the logits.");
+    throw Error(
+        "engine.shape",
+        "Engine " + engine.name() + " has " + std::to_string(engine.classes()) + " classes.",
+        "Labels are of 1 to 256 classes: ask for the logits.");
   }
   if (image.shape[0] != engine.channels()) {
     throw Error("argument.channels", "The image has " + std::to_string(image.shape[0]) +
@@ -276,6 +276,25 @@ void argmax(TensorView<const float, 2> logits, TensorView<std::uint8_t, 1> label
       body(v);
     }
   });
+}
+
+void class_mask(TensorView<const float, 2> probabilities, std::span<std::uint8_t> mask) {
+  const auto [classes, voxels] = probabilities.shape;
+  for (std::int64_t v = 0; v < voxels; ++v) {
+    float best = 0.0F;
+    float foreground = 0.0F;
+    std::int64_t found = 0;
+    for (std::int64_t n = 1; n < classes; ++n) {
+      const float probability = *probabilities(n, v);
+      foreground += probability;
+      if (n == 1 || probability > best) {
+        best = probability;
+        found = n;
+      }
+    }
+    mask[static_cast<std::size_t>(v)] =
+        best > 1.0F - foreground ? static_cast<std::uint8_t>(found) : std::uint8_t{0};
+  }
 }
 
 }  // namespace mome

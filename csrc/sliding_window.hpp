@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
+#include <span>
 
 #include "engine.hpp"
 #include "tensor.hpp"
@@ -74,5 +75,9 @@ SlidingWindowResult run_sliding_window(Engine& engine, TensorView<const float, 4
 // largest logit (the lowest of equals). Throw Error engine.not-finite on NaN or infinity.
 void softmax(TensorView<const float, 2> logits, TensorView<float, 2> probabilities);
 void argmax(TensorView<const float, 2> logits, TensorView<std::uint8_t, 1> labels);
+
+// The most probable class of each voxel from probabilities (N, V), 0 where none beats the
+// background (class 0): the rule by which Python's Segmenter makes masks.
+void class_mask(TensorView<const float, 2> probabilities, std::span<std::uint8_t> mask);
 
 }  // namespace mome

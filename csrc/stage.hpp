@@ -16,15 +16,15 @@ bool all_finite(std::span<const float> values, int threads);
 
 // What a run is about, for whoever holds its memory.
 struct StagePlan {
-  Box shape;                         // of the image
+  Box shape;  // of the image
   Box patch;
   std::int64_t channels;
   std::int64_t classes;
-  std::int64_t experts;              // 0 without shares
+  std::int64_t experts;  // 0 without shares
   std::int64_t batch;
   Output output;
-  std::span<const Voxel> starts;     // of all windows, in order
-  std::int64_t flips;                // of each window
+  std::span<const Voxel> starts;  // of all windows, in order
+  std::int64_t flips;             // of each window
   int threads;
 };
 

@@ -135,10 +135,9 @@ class DeviceStage final : public Stage {
       return result;
     }
     if (plan_.output == Output::probabilities) {
-      memory_->each(voxels, Softmax{.logits = logits,
-                                    .classes = plan_.classes,
-                                    .voxels = voxels,
-                                    .out = logits});
+      memory_->each(
+          voxels,
+          Softmax{.logits = logits, .classes = plan_.classes, .voxels = voxels, .out = logits});
     }
     memory_->download(layout_.sums, layout_.result_bytes);
     result.maps = from_staging<float>(0, plan_.classes * voxels);
@@ -208,11 +207,11 @@ auto make_device_stage(const StagePlan& plan, TensorView<const float, 4> image,
   using Memory = typename decltype(take_memory(0, 0))::element_type;
   const Layout layout(plan);
   const std::int64_t staging = std::max(layout.uploaded, layout.result_bytes);
-  require_memory(staging + layout.result_bytes,
-                 "A volume of " + text(Index3{plan.shape.d, plan.shape.h, plan.shape.w}) +
-                     " voxels");
-  return std::make_unique<DeviceStage<Memory>>(plan, layout,
-                                               take_memory(layout.bytes, staging), image, weights);
+  require_memory(
+      staging + layout.result_bytes,
+      "A volume of " + text(Index3{plan.shape.d, plan.shape.h, plan.shape.w}) + " voxels");
+  return std::make_unique<DeviceStage<Memory>>(plan, layout, take_memory(layout.bytes, staging),
+                                               image, weights);
 }
 
 }  // namespace mome::cuda

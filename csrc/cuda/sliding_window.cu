@@ -16,10 +16,10 @@ constexpr std::int64_t kMebibyte = 1 << 20;
 
 void check(cudaError_t status, const char* action) {
   if (status != cudaSuccess) {
-    throw Error("engine.failed",
-                std::string("The GPU could not ") + action + ": " + cudaGetErrorString(status) +
-                    ".",
-                "The engine or the runner did something that the GPU refused: start again.");
+    throw Error(
+        "engine.failed",
+        std::string("The GPU could not ") + action + ": " + cudaGetErrorString(status) + ".",
+        "The engine or the runner did something that the GPU refused: start again.");
   }
 }
 
@@ -184,8 +184,8 @@ struct Idle {
   std::size_t all = 0;
   check(cudaMemGetInfo(&left, &all), "count its memory");
   throw Error("engine.out-of-memory",
-              "The runner needs " + std::to_string(device_bytes / kMebibyte) + " MiB on cuda:" +
-                  std::to_string(ordinal) + ", which has " +
+              "The runner needs " + std::to_string(device_bytes / kMebibyte) +
+                  " MiB on cuda:" + std::to_string(ordinal) + ", which has " +
                   std::to_string(static_cast<std::int64_t>(left) / kMebibyte) + " MiB left, and " +
                   std::to_string(staging_bytes / kMebibyte) + " MiB of pinned host memory.",
               "Take a smaller batch.");

@@ -1,5 +1,5 @@
-// A GPU of host memory: the stage of the GPU runner (csrc/cuda/device_stage.hpp) and its bodies, run
-// by the processor. The module that tests/csrc/test_gpu.py builds; it counts what is moved.
+// A GPU of host memory: the stage of the GPU runner (csrc/cuda/device_stage.hpp) and its bodies,
+// run by the processor. The module that tests/csrc/test_gpu.py builds; it counts what is moved.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -125,7 +125,6 @@ PYBIND11_MODULE(_core, module) {
   module.def("emulated_transfers", [] { return std::exchange(mome::cuda::log().transfers, {}); });
   module.def("emulated_ordered", [] { return std::exchange(mome::cuda::log().ordered, {}); });
   module.def("emulated_alive", [] { return mome::cuda::log().alive; });
-  module.def("emulated_limit", [](std::int64_t bytes) {
-    return std::exchange(mome::cuda::log().limit, bytes);
-  });
+  module.def("emulated_limit",
+             [](std::int64_t bytes) { return std::exchange(mome::cuda::log().limit, bytes); });
 }
