@@ -236,7 +236,8 @@ SlidingWindowResult run_sliding_window(Engine& engine, TensorView<const float, 4
   const std::int64_t experts = wanted.shares ? engine.experts() : 0;
   const std::int64_t needed =
       sliding_window_bytes(shape, engine.channels(), engine.classes(), experts, options);
-  if (!gpu) {
+  // A GPU says itself what it has left, but it must be able to count that far.
+  if (!gpu || needed > std::numeric_limits<std::int64_t>::max() / 4) {
     require_memory(needed, "A volume of " + text(shape) + " voxels");
   }
   const Runner runner(engine, shape, options);

@@ -178,9 +178,9 @@ def test_more_classes_than_a_byte_holds_have_no_labels() -> None:
 def test_an_image_goes_up_once_and_its_result_comes_down_once() -> None:
     image = random_image(1, 16, 16, 16)
     for method, values in (("run", 2 * 4), ("probabilities", 2 * 4), ("labels", 1)):
-        _core.emulated_transfers()  # type: ignore[attr-defined]
+        _core.emulated_transfers()
         getattr(SlidingWindow((8, 8, 8)), method)(on_gpu(uneven), image)
-        moved = _core.emulated_transfers()  # type: ignore[attr-defined]
+        moved = _core.emulated_transfers()
         flags = [4] * (27 + 1)  # after each batch and after the division: is all finite?
         assert [size for kind, size in moved if kind == "download"] == [*flags, values * 16**3]
         (up,) = (size for kind, size in moved if kind == "upload")
@@ -203,7 +203,7 @@ def test_buffers_outlive_the_run_and_are_then_given_back() -> None:
     assert windows.pointer % 64 == maps.pointer % 64 == 0
     assert stream != 0
     if EMULATED:
-        assert _core.emulated_alive() == 1  # type: ignore[attr-defined]
+        assert _core.emulated_alive() == 1
     np.testing.assert_array_equal(from_dlpack(maps).cpu(), identity(from_dlpack(windows).cpu()))
     assert np.isfinite(logits).all()
     tensor = from_dlpack(windows)
@@ -211,12 +211,12 @@ def test_buffers_outlive_the_run_and_are_then_given_back() -> None:
     del windows, maps
     gc.collect()
     if EMULATED:
-        assert _core.emulated_alive() == 1  # type: ignore[attr-defined]
+        assert _core.emulated_alive() == 1
     assert tensor.isfinite().all()
     del tensor
     gc.collect()
     if EMULATED:
-        assert _core.emulated_alive() == 0  # type: ignore[attr-defined]
+        assert _core.emulated_alive() == 0
 
 
 def test_dlpack_shares_memory_or_says_why_not() -> None:
@@ -239,13 +239,13 @@ def test_dlpack_shares_memory_or_says_why_not() -> None:
         windows.__dlpack__(dl_device=(2, 7))
     assert windows.__dlpack_device__()[1] == 0
     if EMULATED:
-        _core.emulated_ordered()  # type: ignore[attr-defined]
+        _core.emulated_ordered()
         windows.__dlpack__(stream=stream)
         windows.__dlpack__(stream=-1)
-        assert _core.emulated_ordered() == []  # type: ignore[attr-defined]
+        assert _core.emulated_ordered() == []
         windows.__dlpack__(stream=77)
         windows.__dlpack__()
-        assert _core.emulated_ordered() == [(stream, 77), (stream, 1)]  # type: ignore[attr-defined]
+        assert _core.emulated_ordered() == [(stream, 77), (stream, 1)]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -291,9 +291,10 @@ def test_a_batch_that_does_not_fit_the_gpu_is_an_error() -> None:
     assert caught.value.code == "engine.out-of-memory"
 
 
-def test_a_volume_that_does_not_fit_the_host_is_refused() -> None:
+@pytest.mark.parametrize(("edge", "classes"), [(64, 10**9), (4, 2**54), (64, 2**62)])
+def test_a_volume_that_does_not_fit_the_host_is_refused(edge: int, classes: int) -> None:
     with pytest.raises(InputError) as caught:
-        SlidingWindow((8, 8, 8)).run(on_gpu(classes=10**9), random_image(1, 64, 64, 64))
+        SlidingWindow((4, 4, 4)).run(on_gpu(classes=classes), random_image(1, edge, edge, edge))
     assert caught.value.code == "volume.too-large"
 
 

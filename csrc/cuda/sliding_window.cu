@@ -1,5 +1,3 @@
-#include <cuda_runtime_api.h>
-
 #include <list>
 #include <memory>
 #include <mutex>
@@ -8,20 +6,12 @@
 
 #include "device.hpp"
 #include "device_stage.hpp"
+#include "runtime.hpp"
 
 namespace mome::cuda {
 namespace {
 
 constexpr std::int64_t kMebibyte = 1 << 20;
-
-void check(cudaError_t status, const char* action) {
-  if (status != cudaSuccess) {
-    throw Error(
-        "engine.failed",
-        std::string("The GPU could not ") + action + ": " + cudaGetErrorString(status) + ".",
-        "The engine or the runner did something that the GPU refused: start again.");
-  }
-}
 
 // A thread's loop over its part of count bodies: any count fits any grid.
 template <typename Body>
@@ -32,30 +22,14 @@ __global__ void run_each(std::int64_t count, Body body) {
   }
 }
 
-// Makes a GPU the current one of this thread, and puts back what was.
-class Current {
- public:
-  explicit Current(int ordinal) {
-    check(cudaGetDevice(&before_), "be asked for");
-    check(cudaSetDevice(ordinal), "be chosen");
-  }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
-  ~Current() { cudaSetDevice(before_); }
-
- private:
-  int before_ = 0;
-};
-
 // See DeviceStage. Whatever is added waits for what was added before.
 class Memory {
  public:
   // Takes a stream; memory comes with reserve().
   explicit Memory(int ordinal) : ordinal_(ordinal) {
     const Current current(ordinal_);
-    // Not cudaStreamNonBlocking: an engine that works on the default stream, against its contract,
-    // is then still waited for.
-    check(cudaStreamCreate(&stream_), "make a stream");
+    // Of its own: an engine may record a graph on it while others use the default stream.
+    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "make a stream");
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -150,7 +124,7 @@ struct Idle {
   std::list<std::unique_ptr<Memory>> memories;
 
   static Idle& of_process() {
-    static Idle* const idle = new Idle;
+    static Idle* const idle = std::make_unique<Idle>().release();
     return *idle;
   }
 

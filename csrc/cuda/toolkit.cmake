@@ -43,8 +43,12 @@ if(MOME_WITH_CUDA)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_EXTENSIONS OFF)
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-  find_path(MOME_TENSORRT_INCLUDE NvInferRuntime.h
-    HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT PATH_SUFFIXES include include/${CMAKE_LIBRARY_ARCHITECTURE})
+  # Python has TensorRT's own binding.
+  if(NOT MOME_PYTHON)
+    find_path(MOME_TENSORRT_INCLUDE NvInferRuntime.h
+      HINTS ${TENSORRT_ROOT} ENV TENSORRT_ROOT
+      PATH_SUFFIXES include include/${CMAKE_LIBRARY_ARCHITECTURE})
+  endif()
   message(STATUS "With the runner for GPUs: CUDA ${CMAKE_CUDA_COMPILER_VERSION}, ${targets} and PTX")
   if(MOME_TENSORRT_INCLUDE)
     message(STATUS "With the TensorRT engine in C++: ${MOME_TENSORRT_INCLUDE}")
