@@ -1,4 +1,4 @@
-"""The runner on a GPU against the one on the CPU, bit for bit: `pytest -m gpu tests/test_gpu_runner.py`.
+"""The runner on a GPU against the one on the CPU, bit for bit: `pytest -m gpu` where there is one.
 
 Without a GPU, tests/csrc/test_emulated_gpu.py runs this file on one that is made of host memory.
 """
