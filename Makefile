@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 PYTEST := $(BIN)/pytest
 
-.PHONY: demo test slow bench lint sanitize size fresh clean
+# Where nvcc is: CUDACXX, the PATH, or the usual place.
+NVCC := $(or $(CUDACXX),$(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
+
+.PHONY: demo test slow bench lint sanitize cuda size fresh clean
 
 demo: $(VENV)/default
 	$(BIN)/mome demo -o demo-out
@@ -31,11 +34,19 @@ lint: $(VENV)/test
 	rm -rf build/typed && mkdir -p build/typed/mome_sdk
 	ln -s $(CURDIR)/mome_sdk/* $(CURDIR)/export $(CURDIR)/training $(CURDIR)/benchmarks build/typed/mome_sdk
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p mome_sdk
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.[ch]pp csrc/*/*.[ch]pp csrc/cuda/*.cu)
 
 # The tests of the core against a build that checks every access (ASan) and operation (UBSan).
 sanitize: $(VENV)/test
 	PATH=$(CURDIR)/$(BIN):$$PATH tests/sanitize.sh $(BIN)/python
+
+# Compiles the GPU runner for every architecture, warnings as errors, and runs its functions on the CPU
+# against the CPU runner, bit for bit. Needs CUDA's compiler and no GPU.
+cuda: $(VENV)/test
+	@test -n "$(NVCC)" || { echo "make cuda: nvcc (CUDA 12.0 or later) was not found; CUDACXX names it." >&2; exit 1; }
+	CUDACXX=$(NVCC) $(BIN)/cmake -S csrc -B build/cuda -DMOME_PYTHON=OFF -DMOME_CUDA=ON -DMOME_WERROR=ON
+	$(BIN)/cmake --build build/cuda --target mome --parallel 2
+	$(PYTEST) tests/csrc/test_emulated_gpu.py
 
 # Installs an sdist with the default dependencies in a new environment and prints its size.
 size: $(VENV)/test

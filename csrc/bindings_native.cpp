@@ -9,6 +9,7 @@
 
 #include "bindings_arrays.hpp"
 #include "error.hpp"
+#include "kernels/kernels.hpp"
 #include "native/network.hpp"
 #include "python_engine.hpp"
 

@@ -14,7 +14,8 @@ struct WindowBatch {
   TensorView<const float, 5> windows;            // (B, C, D, H, W)
   TensorView<float, 5> logits;                   // (B, N, D, H, W), to be filled
   std::optional<TensorView<float, 5>> shares{};  // (B, E, D, H, W), to be filled when given
-  std::shared_ptr<const void> owner;             // keeps the memory of the views alive
+  std::optional<std::uintptr_t> stream{};  // CUDA stream (its address) to work on; none on a CPU
+  std::shared_ptr<const void> owner;       // keeps the memory of the views alive
 };
 
 // What computes logits for windows. The runner sees this and nothing else, so an engine in C++, one

@@ -124,6 +124,60 @@ std::int64_t JsonReader::natural() {
   return value;
 }
 
+void JsonReader::skip() {
+  std::string open;  // the brackets that are still to be closed
+  do {
+    if (accept('[')) {
+      open.push_back(']');
+      if (!accept(']')) {
+        continue;
+      }
+      open.pop_back();
+    } else if (accept('{')) {
+      open.push_back('}');
+      if (!accept('}')) {
+        string();
+        expect(':');
+        continue;
+      }
+      open.pop_back();
+    } else {
+      scalar();
+    }
+    while (!open.empty() && !accept(',')) {
+      expect(open.back());
+      open.pop_back();
+    }
+    if (!open.empty() && open.back() == '}') {
+      string();
+      expect(':');
+    }
+  } while (!open.empty());
+}
+
+// A string, a number, true, false or null.
+void JsonReader::scalar() {
+  skip_space();
+  const std::string_view rest = text_.substr(at_);
+  if (rest.starts_with('"')) {
+    string();
+    return;
+  }
+  for (const std::string_view word : {"true", "false", "null"}) {
+    if (rest.starts_with(word)) {
+      at_ += word.size();
+      return;
+    }
+  }
+  double value = 0.0;
+  const auto [end, status] = std::from_chars(rest.data(), rest.data() + rest.size(), value);
+  const bool starts_well = !rest.empty() && (rest[0] == '-' || (rest[0] >= '0' && rest[0] <= '9'));
+  if (status != std::errc{} || !starts_well) {
+    fail("a value");
+  }
+  at_ += static_cast<std::size_t>(end - rest.data());
+}
+
 void JsonReader::finish() {
   skip_space();
   if (at_ != text_.size()) {

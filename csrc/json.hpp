@@ -21,7 +21,7 @@ class JsonError : public std::runtime_error {
 };
 
 // Reads JSON (RFC 8259) whose structure the caller knows, from front to back, without recursion and
-// without keeping it. Only what such files need: objects, arrays, strings, whole numbers. Stricter
+// without keeping it. Of scalars only what such files need: strings and whole numbers. Stricter
 // than the RFC in one point: a key may not occur twice in an object. Strings come out as UTF-8 and
 // have been checked to be. Everything else throws JsonError.
 class JsonReader {
@@ -39,6 +39,10 @@ class JsonReader {
   // A whole number from 0 to 2^63 - 1, without sign, fraction or exponent.
   std::int64_t natural();
 
+  // Goes past a value of any kind, numbers with fractions, true, false and null too. Keys of
+  // objects in it may occur twice.
+  void skip();
+
   // Nothing but white space may follow.
   void finish();
 
@@ -47,6 +51,7 @@ class JsonReader {
   void skip_space();
   bool accept(char wanted);
   void expect(char wanted);
+  void scalar();
   void escape(std::string& out);
   std::uint32_t hex4();
   void code_point(std::string& out);

@@ -5,6 +5,8 @@
 
 #include <memory>
 
+#include "device_tensor.hpp"
+
 namespace py = pybind11;
 
 namespace mome {
@@ -21,6 +23,9 @@ py::array_t<float> array_of(const TensorView<const float, 5>& view,
   return py::array_t<float>(view.shape, view.data, base);
 }
 
+// The number in "cuda:1"; the runner has checked the name.
+int ordinal_in(const std::string& device) { return std::stoi(device.substr(device.find(':') + 1)); }
+
 }  // namespace
 
 PythonEngine::PythonEngine(const py::object& engine)
@@ -34,6 +39,10 @@ PythonEngine::PythonEngine(const py::object& engine)
 
 void PythonEngine::run(const WindowBatch& batch) {
   const py::gil_scoped_acquire gil;
+  if (batch.stream) {
+    run_on_device(batch);
+    return;
+  }
   const py::array_t<float> windows = array_of(batch.windows, batch.owner);
   const py::array_t<float> logits = array_of(batch.logits, batch.owner);
   if (batch.shares) {
@@ -41,6 +50,19 @@ void PythonEngine::run(const WindowBatch& batch) {
   } else {
     run_(windows, logits);
   }
+}
+
+void PythonEngine::run_on_device(const WindowBatch& batch) {
+  const auto tensor = [&](const TensorView<const float, 5>& view) {
+    return DeviceTensor{.data = const_cast<float*>(view.data),
+                        .shape = view.shape,
+                        .device = device_,
+                        .ordinal = ordinal_in(device_),
+                        .stream = *batch.stream,
+                        .owner = batch.owner};
+  };
+  const py::object shares = batch.shares ? py::cast(tensor(*batch.shares)) : py::none();
+  run_(tensor(batch.windows), tensor(batch.logits), shares, *batch.stream);
 }
 
 }  // namespace mome

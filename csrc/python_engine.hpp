@@ -11,8 +11,8 @@ namespace mome {
 
 // An engine written in Python (the Engine protocol of mome_sdk.engines). It is made with the GIL
 // held, when its numbers are read, and destroyed with it; run() takes the GIL for the call only.
-// The arrays it passes are views of the batch, without copies; they stay valid as long as Python
-// keeps them, although later calls write to the same memory.
+// It passes views of the batch, without copies: NumPy arrays, or DeviceTensors and the stream on a
+// GPU. They stay valid as long as Python keeps them, although later calls write to the same memory.
 class __attribute__((visibility("hidden"))) PythonEngine final : public Engine {
  public:
   explicit PythonEngine(const pybind11::object& engine);
@@ -26,6 +26,8 @@ class __attribute__((visibility("hidden"))) PythonEngine final : public Engine {
   void run(const WindowBatch& batch) override;
 
  private:
+  void run_on_device(const WindowBatch& batch);
+
   pybind11::object run_;
   std::string name_;
   std::string device_;

@@ -97,7 +97,9 @@ struct TensorView {
     }
   }
 
-  operator TensorView<const T, Rank>() const
+  // A template only so that nvcc does not warn of the one that views of constants have no use for.
+  template <std::same_as<const T> U>
+  operator TensorView<U, Rank>() const
     requires(!std::is_const_v<T>)
   {
     return {data, shape};

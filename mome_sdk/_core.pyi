@@ -43,14 +43,49 @@ def run_sliding_window(
     blend: str,
     batch: int,
     threads: int | None,
+    output: Literal["logits", "probabilities", "labels"] = "logits",
     shares: bool = False,
     progress: Callable[[int, int], object] | None = None,
-) -> tuple[_Float, _Float | None]:
-    """Blended logits (N, D, H, W) of an image (C, D, H, W), and the experts' shares (E, D, H, W).
+) -> tuple[NDArray[Any], _Float | None]:
+    """What an engine makes of an image (C, D, H, W), and the experts' shares (E, D, H, W).
 
-    The shares are None unless asked for; they are blended like the logits and not normalised over
-    the experts. `progress(done, total)` counts windows times flips; what it raises ends the run.
+    That is the blended logits or their softmax (N, D, H, W), float32, or the classes of the largest
+    logits (D, H, W), uint8. The shares are None unless asked for; they are blended like the logits
+    and not normalised over the experts. `progress(done, total)` counts windows times flips; what it
+    raises ends the run. An engine on "cuda:0" is called as run(windows, logits, shares or None,
+    stream) with DeviceTensors and the address of a CUDA stream.
     """
+
+class DeviceTensor:
+    """A dense float32 buffer (B, C, D, H, W) on a GPU that the runner owns; taken over by DLPack.
+
+    An engine that works on the stream it was given needs no synchronisation.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]: ...
+    @property
+    def pointer(self) -> int:
+        """Its address on the GPU."""
+
+    @property
+    def device(self) -> str: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        """A capsule that shares the memory; raises BufferError rather than copy it."""
+
+def cuda_build() -> str | None:
+    """CUDA's version and the architectures that the runner was compiled for; None: without CUDA."""
+
+def cuda_devices() -> int:
+    """GPUs that the runner can use; 0 without CUDA in the build, and without a driver."""
 
 def sliding_window_bytes(
     shape: Sequence[int],

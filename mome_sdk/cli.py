@@ -381,6 +381,7 @@ def _doctor(_: argparse.Namespace) -> int:
     print(f"threads      {_core.default_threads()} (MOME_THREADS changes it)")
     for number, name in enumerate(_gpus()):
         print(f"cuda:{number:<7} {name} (for the engine torch)")
+    print(f"gpu runner   {_cuda_state()}")
     for name in ENGINES:
         print(f"{name:<12} {_engine_state(name)}")
     try:
@@ -401,6 +402,14 @@ def _engine_state(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return f'missing: pip install "mome-sdk[{name}]"'
+
+
+def _cuda_state() -> str:
+    """What the core was compiled for, or how to have it compiled for GPUs."""
+    build = _core.cuda_build()
+    if build is None:
+        return "not built: install the package again where nvcc (CUDA 12.0 or later) is found"
+    return f"CUDA {build}; GPUs it can use: {_core.cuda_devices()}"
 
 
 def _gpus() -> list[str]:

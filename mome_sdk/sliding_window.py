@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,7 +67,8 @@ class SlidingWindow:
     ) -> int:
         """Bytes that a run on an image (D, H, W) allocates, its result included.
 
-        The image itself and what the engine allocates are not counted.
+        The image itself and what the engine allocates are not counted. With an engine on a GPU
+        these are bytes of the GPU.
         """
         return _core.sliding_window_bytes(
             shape,
@@ -98,9 +99,28 @@ class SlidingWindow:
         Raises:
             InputError: `argument.*`, or `volume.too-large` if `memory_bytes` are not available.
             EngineError: `engine.not-finite` if the engine returns NaN or infinity or leaves a voxel
-                unset; `engine.device` if its buffers cannot live in host memory.
+                unset; `engine.device` if its GPU is not there or the core was built without CUDA;
+                `engine.out-of-memory` if the GPU has no room for the buffers.
+
+        With an engine on "cuda:0" the image is uploaded once, gathered, blended and divided there,
+        and the result downloaded once: the same sums in the same order as on the CPU.
         """
-        return self._run(engine, image, False, progress)[0]
+        return self._run(engine, image, progress)[0]
+
+    def probabilities(
+        self, engine: Engine, image: NDArray[np.float32], *, progress: Progress | None = None
+    ) -> NDArray[np.float32]:
+        """Softmax (N, D, H, W) of the logits, computed where the engine is; else as `run`."""
+        return self._run(engine, image, progress, output="probabilities")[0]
+
+    def labels(
+        self, engine: Engine, image: NDArray[np.float32], *, progress: Progress | None = None
+    ) -> NDArray[np.uint8]:
+        """Class of the largest logit (D, H, W), the lowest of equals; else as `run`.
+
+        It is found where the engine is: from a GPU one byte a voxel comes back.
+        """
+        return self._run(engine, image, progress, output="labels")[0]
 
     def run_with_shares(
         self, engine: Engine, image: NDArray[np.float32], *, progress: Progress | None = None
@@ -116,7 +136,7 @@ class SlidingWindow:
             InputError: As `run` does.
             EngineError: As `run` does, and `engine.shares` if the engine has no experts.
         """
-        logits, shares = self._run(engine, image, True, progress)
+        logits, shares = self._run(engine, image, progress, shares=True)
         assert shares is not None
         return logits, shares
 
@@ -127,9 +147,11 @@ class SlidingWindow:
         self,
         engine: Engine,
         image: NDArray[np.float32],
-        shares: bool,
         progress: Progress | None,
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        *,
+        output: Literal["logits", "probabilities", "labels"] = "logits",
+        shares: bool = False,
+    ) -> tuple[NDArray[Any], NDArray[np.float32] | None]:
         return _core.run_sliding_window(
             engine,
             image,
@@ -139,6 +161,7 @@ class SlidingWindow:
             blend=self.blend,
             batch=self._batch_for(engine),
             threads=self.threads,
+            output=output,
             shares=shares,
             progress=progress,
         )

@@ -13,7 +13,7 @@ compiler=${CXX:-g++}
 # configure FOLDER SANITIZERS
 configure() {
     cmake -S csrc -B "$1" -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER="$compiler" \
-        -DCMAKE_CXX_FLAGS=-O1 -DMOME_WERROR=ON -DMOME_SANITIZE="$2" -DMOME_EMULATE_AVX512=ON \
+        -DCMAKE_CXX_FLAGS=-O1 -DMOME_WERROR=ON -DMOME_SANITIZE="$2" -DMOME_EMULATE_AVX512=ON -DMOME_CUDA=OFF \
         -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/package/mome_sdk" \
         -DPython_EXECUTABLE="$python" \
         -Dpybind11_DIR="$("$python" -c 'import pybind11; print(pybind11.get_cmake_dir())')"
@@ -52,3 +52,12 @@ cd "$build/package"
     "$root/tests/csrc" "$root/tests/kernels" "$root/tests/test_sliding_window.py" \
     -m "not slow" --ignore "$root/tests/kernels/test_twins.py" \
     --deselect tests/test_sliding_window.py::test_memory_is_what_was_announced
+
+# The GPU runner on the emulated GPU, whose core takes the place of the other.
+LD_PRELOAD='' cmake -S "$root/csrc" -B "$build/address" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/gpu/mome_sdk"
+rm -rf "$build/gpu"
+cp -r --no-dereference "$build/package" "$build/gpu"
+LD_PRELOAD='' cmake --build "$build/address" --target emulated_gpu --parallel "$(nproc)"
+cd "$build/gpu"
+"$python" -m pytest -c "$root/pyproject.toml" --rootdir "$root" -p no:cacheprovider -q \
+    "$root/tests/test_gpu_runner.py" -m gpu

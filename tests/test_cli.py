@@ -304,6 +304,8 @@ def test_doctor_names_engines_and_what_is_missing(
     assert f"onnxruntime  {version('onnxruntime')}" in said
     assert 'missing: pip install "mome-sdk[abacus]"' in said
     assert "threads" in said
+    build = _core.cuda_build()
+    assert ("gpu runner   CUDA " if build else "gpu runner   not built: install") in said
 
 
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,11 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_else(sdist: Path) -> Non
     with tarfile.open(sdist) as archive:
         paths = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
     assert {Path("LICENSE"), Path("setup.py"), Path("csrc/CMakeLists.txt")} <= paths
+    assert {
+        path.relative_to(ROOT)
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in (".cpp", ".hpp", ".cu", ".cmake", ".in", ".txt")
+    } <= paths
     assert not {path for path in paths if path.suffix in (".so", ".pyc", ".o")}
     assert not {path for path in paths if path.parts[:1] in (("build",), ("demo-out",), (".venv",))}
 

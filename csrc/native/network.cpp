@@ -7,6 +7,8 @@
 #include "../error.hpp"
 #include "../kernels/norm.hpp"
 #include "../parallel.hpp"
+#include "arena.hpp"
+#include "plan.hpp"
 
 namespace mome {
 namespace {
@@ -292,6 +294,8 @@ NativeEngine::NativeEngine(std::shared_ptr<const Weights> weights, int threads,
     tensors_of(*weights_, smallest, step);
   }
 }
+
+NativeEngine::~NativeEngine() = default;
 
 void NativeEngine::run(const WindowBatch& batch) { run_windows(batch, nullptr); }
 

@@ -8,11 +8,13 @@
 #include <vector>
 
 #include "../engine.hpp"
-#include "arena.hpp"
-#include "plan.hpp"
 #include "weights.hpp"
 
 namespace mome {
+
+class Arena;
+struct Kernels;
+struct Plan;
 
 // What one step took: `seconds` in all, of which `packing` for its weights; `gflop` as a direct
 // convolution counts them (27 taps, 2 per product), `executed` as the kernel does.
@@ -36,6 +38,7 @@ class NativeEngine final : public Engine {
   // as chosen_kernels().
   NativeEngine(std::shared_ptr<const Weights> weights, int threads,
                std::function<void()> interrupt);
+  ~NativeEngine() override;
 
   std::string name() const override { return "native"; }
   std::string device() const override { return "cpu"; }
