@@ -64,6 +64,8 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
         ("pip", "install"),  # test_install.py
         ("mome", "predict"),  # below
         ("mome", "import"),
+        ("cmake", "-S"),  # tests/csrc/test_embedding.py
+        ("build/segment/segment", "mome.bundle"),
         ("mome", "train"),
         ("mome", "evaluate"),
         ("make", "bench"),  # as many of the suites as tests/benchmarks drives
