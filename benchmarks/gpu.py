@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mome_sdk.bundle import Blend, ModelBundle
+from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import EngineError
+from mome_sdk.model import Blend
 from mome_sdk.segmenter import MIRRORS, Mirror
 from mome_sdk.sliding_window import SlidingWindow
 from mome_sdk.volume import Index3

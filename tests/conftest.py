@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import ModelBundle, create_bundle
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.graph import write_graph
 from mome_sdk.segmenter import Segmenter
 from phantom import BrightEngine
 
@@ -82,7 +82,7 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
         patch=(16, 16, 16),
         blend="exact",
         training={"source": "random numbers"},
-        graph=write_onnx,
+        graph=write_graph,
     )
 
 

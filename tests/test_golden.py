@@ -16,7 +16,7 @@ from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
 from mome_sdk.engines import ENGINES, Engine
 from mome_sdk.export.checkpoint import import_checkpoint
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.graph import write_graph
 from mome_sdk.network import MoME
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -61,7 +61,7 @@ def bundle(tensors, tmp_path_factory) -> ModelBundle:
         patch=PATCH,
         blend="authors",
         training={},
-        graph=write_onnx,
+        graph=write_graph,
     )
 
 

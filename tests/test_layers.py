@@ -26,7 +26,7 @@ FOLDERS = {
 # A module may import what stands before it; parts import no other part.
 DATA = (
     *("errors", "files", "architecture", "volume", "nifti", "segmentation"),
-    *("manifest", "container", "bundle", "network"),
+    *("manifest", "container", "model", "bundle", "exported", "network"),
 )
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")

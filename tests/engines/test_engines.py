@@ -20,7 +20,7 @@ from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
 from mome_sdk.engines import ENGINES, Engine
 from mome_sdk.errors import EngineError, InputError
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.graph import write_graph
 from mome_sdk.network import MoME, expert_shares
 
 PACKAGES = [name for name in ENGINES if name != "native"]  # engines that wrap one
@@ -181,7 +181,7 @@ def test_one_expert_runs_without_a_gate(name, tmp_path):
         training={},
         modalities=("MRI",),
         classes=("background", "oedema", "core"),
-        graph=write_onnx,
+        graph=write_graph,
     )
     image = windows(edges=(8, 8, 8))
     expected, _ = reference(bundle, image)
@@ -296,7 +296,7 @@ def test_what_stops_a_backend_is_an_engine_error(tiny_bundle):
 
 
 def test_running_out_of_memory_advises_a_smaller_batch(tiny_bundle, monkeypatch):
-    def exhausted(_: torch.Tensor) -> None:
+    def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     engine = open_engine(tiny_bundle, "torch", threads=1)

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, random_tensors
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.graph import write_graph
 from mome_sdk.network import MoME
 
 SMALL = Architecture((3, 5, 7), (1, 2, 2), (1, 2, 1), (2, 1), in_channels=1, classes=3, experts=2)
@@ -62,7 +62,7 @@ def test_graph_is_the_network_for_uneven_sizes(tmp_path):
         training={},
         modalities=("T1", "T2"),
         classes=("background", "oedema", "core"),
-        graph=write_onnx,
+        graph=write_graph,
     )
     network = MoME(SMALL).eval()
     network.load_state_dict({name: torch.from_numpy(tensor) for name, tensor in tensors.items()})
