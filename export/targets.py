@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,13 @@ from mome_sdk.exported import (
 from mome_sdk.files import write_file
 
 from .fused import fused_network
-from .job import Job
+from .job import Aim, Job
 from .onnx import write_onnx
 from .parity import example_windows, float32_logits, measure
 from .ranges import over_limit
+from .tensorrt import ready_for_plan, write_plan
+from .torch_tensorrt import CAUTION as TORCH_TENSORRT_CAUTION
+from .torch_tensorrt import ready_for_torch_tensorrt, write_torch_tensorrt
 from .torchscript import AOTI_CAUTION, TORCHSCRIPT_CAUTION, write_aoti, write_torchscript
 
 # Windows that ranges are measured on, and their longest edge: an eighth of the work of a window of
@@ -50,18 +54,39 @@ class Target:
         libraries: Distributions whose versions count.
         caution: What the user must know of such files.
         batch: Windows of a call unless the user says another number; None for any number.
+        ready: Raises what the writer would miss, before the long work.
+        aims: Whether it takes an Aim.
     """
 
     write: Callable[[Job, Path], Mapping[str, Any]]
     libraries: tuple[str, ...]
     caution: str = ""
     batch: int | None = None
+    ready: Callable[[Aim], object] = lambda _: None
+    aims: bool = False
 
 
 TARGETS: dict[str, Target] = {
     "onnx": Target(write_onnx, ("torch", "onnx", "onnxscript")),
     "torchscript": Target(write_torchscript, ("torch",), TORCHSCRIPT_CAUTION),
     "aoti": Target(write_aoti, ("torch",), AOTI_CAUTION),
+    **{
+        name: Target(
+            partial(write_plan, name),
+            ("torch", "onnx", "onnxscript"),
+            batch=1,
+            ready=partial(ready_for_plan, name),
+            aims=True,
+        )
+        for name in ("tensorrt", "tensorrt-rtx")
+    },
+    "torch-tensorrt": Target(
+        write_torch_tensorrt,
+        ("torch", "torch-tensorrt"),
+        TORCH_TENSORRT_CAUTION,
+        batch=1,
+        ready=ready_for_torch_tensorrt,
+    ),
 }
 
 
@@ -73,6 +98,7 @@ def export_bundle(
     precision: str = "fp32",
     experts: str = "grouped",
     batch: int | None = None,
+    aim: Aim | None = None,
     progress: Callable[[str], object] = lambda _: None,
 ) -> ExportedModel:
     """Compile a bundle for an engine, and measure the file against PyTorch in float32.
@@ -85,14 +111,15 @@ def export_bundle(
             near its largest number on the bundled example, which `fp32_tensors` names.
         experts: "grouped", one network of grouped convolutions, or "separate".
         batch: Windows of every call; None takes the target's default.
+        aim: Where a plan of TensorRT or TensorRT-RTX is to run; None for the GPU of this machine.
         progress: Called with what is done next.
 
     Returns:
         The export, its parity in the manifest; NOT_RUN if no engine here runs the file.
 
     Raises:
-        InputError: `argument.target`, `argument.precision`, `argument.experts`, `argument.batch`;
-            `argument.output`, `argument.output-folder`.
+        InputError: `argument.target`, `argument.precision`, `argument.experts`, `argument.batch`,
+            `argument.sm`, `argument.timing-cache`; `argument.output`, `argument.output-folder`.
         EngineError: `engine.failed`, the target could not be written; `engine.not-finite`,
             `engine.parity`: the network or its file does not compute what it should.
     """
@@ -106,10 +133,18 @@ def export_bundle(
             "argument.output", f"{str(out)!r} is a .zip.", hint="An export is a folder: name one."
         )
     made_by = TARGETS[target]
+    if aim is not None and not made_by.aims:
+        raise InputError(
+            "argument.sm",
+            f"A file for {target} is not built for a GPU.",
+            hint="Leave out --sm and --timing-cache.",
+        )
+    aim = aim or Aim()
+    made_by.ready(aim)
     batch = batch or made_by.batch
     with published(Path(out)) as folder:
         progress("fusing the network" + (", measuring ranges" if precision == "fp16" else ""))
-        job = make_job(bundle, precision=precision, experts=experts, batch=batch)
+        job = make_job(bundle, precision=precision, experts=experts, batch=batch, aim=aim)
         progress(f"writing the file for {target}")
         details = made_by.write(job, folder)
         manifest: dict[str, Any] = {
@@ -143,7 +178,9 @@ def export_bundle(
     return ExportedModel.load(out)
 
 
-def make_job(bundle: ModelBundle, *, precision: str, experts: str, batch: int | None) -> Job:
+def make_job(
+    bundle: ModelBundle, *, precision: str, experts: str, batch: int | None, aim: Aim
+) -> Job:
     """The fused network of a bundle; for fp16 with what must stay float32 measured."""
     sizes, grouped = bundle.architecture, experts == "grouped"
     kept: tuple[str, ...] = ()
@@ -160,7 +197,7 @@ def make_job(bundle: ModelBundle, *, precision: str, experts: str, batch: int | 
         dtype=torch.float16 if precision == "fp16" else torch.float32,
         fp32_tensors=kept,
     )
-    return Job(bundle, network, precision, experts, batch, kept)
+    return Job(bundle, network, precision, experts, batch, kept, aim)
 
 
 def check_export(path: str | Path) -> dict[str, Any] | str:

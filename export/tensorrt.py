@@ -57,19 +57,38 @@ class Layer:
     dtype: str
 
 
-def write_tensorrt(job: Job, folder: Path) -> dict[str, Any]:
-    """Write model.plan for the GPU of this machine, or the compute capabilities of `job.aim`."""
-    return _write(job, folder, "tensorrt")
+def ready_for_plan(target: str, aim: Aim) -> tuple[Library, Any, Gpu | None]:
+    """The library of a target, its module, and the GPU to build on, if there is one.
 
-
-def write_tensorrt_rtx(job: Job, folder: Path) -> dict[str, Any]:
-    """Write model.plan for TensorRT-RTX, for the compute capabilities of `job.aim`."""
-    return _write(job, folder, "tensorrt-rtx")
-
-
-def _write(job: Job, folder: Path, target: str) -> dict[str, Any]:
+    Raises:
+        EngineError: `engine.missing`, `engine.version`: the library; `engine.device`, it needs a GPU
+            to build on.
+        InputError: `argument.sm`, what the plan is for is not said and no GPU says it, or the GPU
+            here is none of these; `argument.timing-cache`.
+    """
     library, trt = open_library(target)
-    gpu = target_gpu(library, job.aim)
+    if aim.timing_cache is not None and not library.times:
+        raise InputError(
+            "argument.timing-cache",
+            f"{library.name} measures nothing while it builds.",
+            hint="Leave out the timing cache.",
+        )
+    gpu = _gpu(library, aim)
+    sms = aim.sms or (() if gpu is None or library.builds_on_gpu else (gpu.sm,))
+    if not library.builds_on_gpu:  # the other one is asked on its GPU
+        configured(library, trt, trt.Builder(log_of(trt)), sms, None)
+    return library, trt, gpu
+
+
+def write_plan(target: str, job: Job, folder: Path) -> dict[str, Any]:
+    """Write model.plan for what `job.aim` says; errors as `ready_for_plan` and below.
+
+    Returns:
+        Release of the library, what the plan runs on, and the number of layers by kind and type.
+    """
+    library, trt, gpu = ready_for_plan(target, job.aim)
+    only = gpu if library.builds_on_gpu and not job.aim.sms else None
+    sms = job.aim.sms or (() if gpu is None else (gpu.sm,))
     with tempfile.TemporaryDirectory(prefix="mome-") as temporary:
         operators = write_onnx(job, Path(temporary))["operators"]
         graph = Path(temporary) / ARTEFACTS["onnx"][0]
@@ -77,26 +96,14 @@ def _write(job: Job, folder: Path, target: str) -> dict[str, Any]:
             layers = layers_of(network)
             check_layers(layers, operators, job.precision, job.fp32_tensors)
             network.name = plan_name(job.bundle.sha256)
-            plan = built(library, trt, builder, network, job.aim)
+            config = configured(library, trt, builder, () if only else sms, job.aim.workspace_bytes)
+            with timed(config, job.aim.timing_cache):
+                plan = built(library, trt, builder, network, config)
     write_file(folder / ARTEFACTS[target][0], plan)
-    only = gpu if library.builds_on_gpu and not job.aim.sms else None
-    return plan_details(trt, only, _sms(gpu, job.aim), counted(layers))
+    return plan_details(trt, only, sms, counted(layers))
 
 
-def target_gpu(library: Library, aim: Aim) -> Gpu | None:
-    """The GPU to build on; None where there is none and none is needed.
-
-    Raises:
-        EngineError: `engine.device`, it is needed and not there.
-        InputError: `argument.sm`, what the plan is for is not said and no GPU says it, or the GPU
-            here is none of these; `argument.timing-cache`.
-    """
-    if aim.timing_cache is not None and not library.times:
-        raise InputError(
-            "argument.timing-cache",
-            f"{library.name} measures nothing while it builds.",
-            hint="Leave out the timing cache.",
-        )
+def _gpu(library: Library, aim: Aim) -> Gpu | None:
     here = cuda.gpus()
     if not library.builds_on_gpu:
         if not aim.sms and not here:
@@ -115,13 +122,6 @@ def target_gpu(library: Library, aim: Aim) -> Gpu | None:
             hint=f"{library.name} builds on a GPU of the kind that the plan is for.",
         )
     return gpu
-
-
-def _sms(gpu: Gpu | None, aim: Aim) -> tuple[int, ...]:
-    if aim.sms:
-        return aim.sms
-    assert gpu is not None  # target_gpu() has seen to it
-    return (gpu.sm,)
 
 
 def _on(gpu: Gpu | None) -> contextlib.AbstractContextManager[None]:
@@ -157,10 +157,12 @@ def _parser_error(error: Any) -> str:
 
 def layers_of(network: Any) -> tuple[Layer, ...]:
     """Every layer of a network, in its order."""
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return tuple(
-        Layer(layer.name, layer.type.name, layer.get_output(0).dtype.name) for layer in layers
-    )
+    found = []
+    for index in range(network.num_layers):
+        native = network.get_layer(index)
+        result = native.get_output(0)
+        found.append(Layer(native.name, native.type.name, result.dtype.name))
+    return tuple(found)
 
 
 def check_layers(
@@ -211,21 +213,30 @@ def counted(layers: Sequence[Layer]) -> dict[str, int]:
     return dict(sorted(Counter(f"{layer.kind} {layer.dtype}" for layer in layers).items()))
 
 
-def built(library: Library, trt: Any, builder: Any, network: Any, aim: Aim) -> bytes:
-    """The plan of a network.
+def configured(
+    library: Library, trt: Any, builder: Any, sms: Sequence[int], workspace_bytes: int | None
+) -> Any:
+    """How to build for compute capabilities, or with none for the GPU of this machine alone.
 
     Raises:
-        EngineError: `engine.failed`, with what the library logged.
-        InputError: `argument.sm`.
+        InputError: `argument.sm`, the library does not build for one of them.
     """
     config = builder.create_builder_config()
     # TensorFloat-32, the default for float32, has the digits of half precision.
     config.clear_flag(trt.BuilderFlag.TF32)
-    library.aim(trt, config, aim.sms)
-    if aim.workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, aim.workspace_bytes)
-    with _timed(config, aim.timing_cache):
-        plan = builder.build_serialized_network(network, config)
+    library.aim(trt, config, sms)
+    if workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+    return config
+
+
+def built(library: Library, trt: Any, builder: Any, network: Any, config: Any) -> bytes:
+    """The plan of a network.
+
+    Raises:
+        EngineError: `engine.failed`, with what the library logged.
+    """
+    plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(
             "engine.failed",
@@ -236,8 +247,12 @@ def built(library: Library, trt: Any, builder: Any, network: Any, aim: Aim) -> b
 
 
 @contextlib.contextmanager
-def _timed(config: Any, path: Path | None) -> Iterator[None]:
-    """Use what was measured before, and keep what is measured now."""
+def timed(config: Any, path: Path | None) -> Iterator[None]:
+    """Use what was measured before, and keep what is measured now, in a file; None: neither.
+
+    Raises:
+        InputError: `argument.timing-cache`, the file holds something else.
+    """
     if path is None:
         yield
         return

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from mome_sdk.engines import cuda
-from mome_sdk.engines.tensorrt import NAME
+from mome_sdk.engines.cuda import Gpu
 from mome_sdk.errors import EngineError
 from mome_sdk.exported import ARTEFACTS
 
-from .job import Job
+from .job import Aim, Job
 
+DEVICE = "cuda:0"
 CAUTION = (
     "model.pt2 runs with the same torch, torch_tensorrt and TensorRT on the same kind of GPU only; "
     "it holds native code: take such files from nobody you would not take a program from."
@@ -32,9 +33,8 @@ def write_torch_tensorrt(job: Job, folder: Path) -> dict[str, Any]:
     Raises:
         EngineError: `engine.missing`, `engine.device`; `engine.failed`, it could not be compiled.
     """
-    compiler = _compiler()
-    gpu = cuda.require_gpu(NAME, "cuda:0")
-    device = torch.device("cuda:0")
+    compiler, gpu = ready_for_torch_tensorrt(job.aim)
+    device = torch.device(DEVICE)
     example = job.example().to(device)
     try:
         program = torch.export.export(job.network.to(device), (example,))
@@ -70,8 +70,12 @@ def settings(
     }
 
 
-def _compiler() -> Any:
-    """The module torch_tensorrt, looked for before it is imported: it asks for a GPU at once."""
+def ready_for_torch_tensorrt(_: Aim) -> tuple[Any, Gpu]:
+    """The module torch_tensorrt, and the GPU to build on.
+
+    Raises:
+        EngineError: `engine.missing`; `engine.device`, looked for first: the import asks for a GPU.
+    """
     add = 'Add it: pip install "mome-sdk[torch-tensorrt]".'
     if importlib.util.find_spec("torch_tensorrt") is None:
         raise EngineError(
@@ -79,9 +83,9 @@ def _compiler() -> Any:
             "The target torch-tensorrt needs the package torch_tensorrt, which is not installed.",
             hint=add,
         )
-    cuda.require_gpu(NAME, "cuda:0")
+    gpu = cuda.require_gpu("torch-tensorrt", DEVICE)
     try:
-        return importlib.import_module("torch_tensorrt")
+        return importlib.import_module("torch_tensorrt"), gpu
     except (ImportError, OSError, AssertionError) as error:
         raise EngineError(
             "engine.missing", f"The package torch_tensorrt does not load: {error}.", hint=add

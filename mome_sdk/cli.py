@@ -347,6 +347,7 @@ def _import(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     with _needs_extra("export"):
+        from mome_sdk.export.job import Aim
         from mome_sdk.export.targets import TARGETS, check_export, export_bundle
     making = (options.bundle, options.target, options.output)
     if options.check is not None and making != (None, None, None):
@@ -372,6 +373,9 @@ def _export(options: argparse.Namespace) -> int:
             precision=options.precision,
             experts=options.experts,
             batch=options.batch,
+            aim=None
+            if options.sm is None and options.timing_cache is None
+            else Aim(tuple(options.sm or ()), timing_cache=options.timing_cache),
             progress=lambda stage: print(f"{options.target}: {stage}", file=sys.stderr, flush=True),
         )
     if caution := TARGETS[made.target].caution:

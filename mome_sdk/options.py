@@ -126,6 +126,23 @@ def _add_export_options(export: _Parser) -> None:
         help="windows of every call (default: any number, but 1 for TensorRT)",
     )
     option(
+        "--sm",
+        type=int,
+        action="append",
+        default=None,
+        metavar="N",
+        help="for TensorRT: a compute capability that the plan must run on, 80 for an A100; may be "
+        "given several times (default: the GPU of this machine). TensorRT-RTX needs no GPU here",
+    )
+    option(
+        "--timing-cache",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="for the target tensorrt: keep here what was measured, so that the next plan for this "
+        "GPU takes less time",
+    )
+    option(
         "--check",
         metavar="DIR",
         type=Path,

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from mome_sdk import ModelBundle, Segmenter, SlidingWindow, open_engine, read_nifti
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
-from mome_sdk.engines import ENGINES, Engine
+from mome_sdk.engines import RUNS, Engine
 from mome_sdk.export.checkpoint import import_checkpoint
 from mome_sdk.export.graph import write_graph
 from mome_sdk.network import MoME
@@ -70,7 +70,7 @@ def imported(tmp_path_factory) -> ModelBundle:
     return import_checkpoint(GOLDEN / "checkpoint", tmp_path_factory.mktemp("golden") / "set")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=RUNS["bundle"])
 def engine(request, bundle) -> Engine:
     return open_engine(bundle, request.param, threads=1)
 
@@ -170,7 +170,7 @@ def logits_of(imported):
     return compute
 
 
-@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.mark.parametrize("engine_name", RUNS["bundle"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_imported_checkpoint_segments_like_the_authors_predictor(engine_name, variant, logits_of):
     golden = load_file(GOLDEN / "checkpoint" / "expected.safetensors")
@@ -187,7 +187,7 @@ def test_imported_checkpoint_mirrors_like_the_authors_predictor(variant, logits_
     near(logits_of("native", "mirror8", blend), golden[f"logits_mirror8_{variant}"], atol)
 
 
-@pytest.mark.parametrize("engine_name", [name for name in ENGINES if name != "torch"])
+@pytest.mark.parametrize("engine_name", [name for name in RUNS["bundle"] if name != "torch"])
 def test_engines_agree_within_a_ten_thousandth_of_the_logits_range(engine_name, logits_of):
     reference = logits_of("torch", "no_mirror", None)
     near(logits_of(engine_name, "no_mirror", None), reference, OF_RANGE * np.ptp(reference))

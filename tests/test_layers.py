@@ -58,7 +58,7 @@ PUBLIC = {
     *("CaseResult", "Lesion", "MomeError", "read_nifti", "write_nifti"),
 }
 # Not scipy: where it is installed, nibabel loads it.
-HEAVY = ("torch", "openvino", "onnx", "pydicom", "ray")
+HEAVY = ("torch", "openvino", "onnx", "tensorrt", "tensorrt_rtx_bindings", "pydicom", "ray")
 
 
 class Import(NamedTuple):

@@ -146,6 +146,7 @@ class _Backend:
 ENGINES: dict[str, Loader] = {
     "native": _Backend("native", library=None),
     **{name: _Backend(name, library=name) for name in ("openvino", "onnxruntime", "torch")},
+    "tensorrt": _Backend("tensorrt", library=None),  # two libraries: the plan says which
 }
 # What runs what, the first that is there being "auto": a bundle fastest first, as measured (README,
 # "Speed"), an export by what its parity was measured with.
@@ -154,6 +155,9 @@ RUNS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnxruntime", "openvino"),
     "torchscript": ("torch",),
     "aoti": ("torch",),
+    "torch-tensorrt": ("torch",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt",),
 }
 # What makes "auto" go on to the next engine: this one is not here, or not for what was asked.
 _NOT_HERE = {"engine.missing", "engine.device", "engine.precision", "engine.no-graph"}
@@ -173,7 +177,7 @@ def open_engine(
         model: A ModelBundle or an ExportedModel.
         name: A key of ENGINES, or "auto" for the fastest that is installed and has the device and
             the precision; `Engine.name` says which it was.
-        device: "cpu", or "cuda:0" and so on (torch).
+        device: "cpu", or "cuda:0" and so on (torch, tensorrt).
         precision: "fp32"; "bf16" where engine and processor have it; "fp16" where the engine has
             it on the device. None: that of the export, or "fp32".
         threads: Most threads of a call; None for MOME_THREADS or all cores.

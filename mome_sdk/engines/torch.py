@@ -7,9 +7,11 @@ must come from a source that is trusted.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -161,9 +163,29 @@ def _aoti(model: ExportedModel, device: str) -> Callable[..., Any]:
     return aoti_load_package(str(model.file))
 
 
+def _torch_tensorrt(model: ExportedModel, device: str) -> Callable[..., Any]:
+    """A program with an engine inside; the import registers what runs that. Not run here."""
+    if device == "cpu":
+        raise EngineError(
+            "engine.device",
+            f"{model.path.name} was compiled for an NVIDIA GPU, device cpu was asked for.",
+            hint="Name the GPU: cuda:0.",
+        )
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        raise EngineError(
+            "engine.missing",
+            f"{model.path.name} needs the package torch_tensorrt, which is not installed.",
+            hint='Add it: pip install "mome-sdk[torch-tensorrt]".',
+        )
+    importlib.import_module("torch_tensorrt")
+    program: Any = torch.export.load(str(model.file)).module()
+    return cast("Callable[..., Any]", program.to(device))
+
+
 _OPEN: dict[str, Callable[[ExportedModel, str], Callable[..., Any]]] = {
     "torchscript": _torchscript,
     "aoti": _aoti,
+    "torch-tensorrt": _torch_tensorrt,
 }
 
 
