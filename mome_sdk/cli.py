@@ -455,7 +455,7 @@ def _doctor(_: argparse.Namespace) -> int:
     print(f"processor    {features or 'no instruction set that the core looks for'}")
     print(f"threads      {_core.default_threads()} (MOME_THREADS changes it)")
     for number, name in enumerate(_gpus()):
-        print(f"cuda:{number:<7} {name} (for the engine torch)")
+        print(f"cuda:{number:<7} {name} (for the engines torch and tensorrt)")
     for name in ENGINES:
         print(f"{name:<12} {_engine_state(name)}")
     try:

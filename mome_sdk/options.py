@@ -235,7 +235,7 @@ def _add_predict_options(predict: _Parser) -> None:
         "--device",
         metavar="NAME",
         default="cpu",
-        help="cpu (default), or cuda:0 with the torch engine",
+        help="cpu (default), or cuda:0 with the engines torch and tensorrt",
     )
     option(
         "--precision",
