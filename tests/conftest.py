@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import ModelBundle, create_bundle
 from mome_sdk.export.graph import write_graph
+from mome_sdk.export.targets import export_bundle
+from mome_sdk.exported import ExportedModel
 from mome_sdk.segmenter import Segmenter
 from phantom import BrightEngine
 
@@ -83,6 +85,25 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
         blend="exact",
         training={"source": "random numbers"},
         graph=write_graph,
+    )
+
+
+@pytest.fixture(scope="session")
+def onnx_export(
+    tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory
+) -> ExportedModel:
+    """The tiny bundle for ONNX runtimes: float32, any batch."""
+    return export_bundle(tiny_bundle, tmp_path_factory.mktemp("exports") / "onnx", "onnx")
+
+
+@pytest.fixture(scope="session")
+def fp16_export(
+    tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory
+) -> ExportedModel:
+    """The same in half precision, two windows a call, experts apart."""
+    out = tmp_path_factory.mktemp("exports") / "fp16"
+    return export_bundle(
+        tiny_bundle, out, "onnx", precision="fp16", experts="separate", batch=2
     )
 
 

@@ -252,7 +252,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     volume = phantom()
     write_nifti(volume, folder / "flair.nii.gz")
     write_nifti(Volume(volume.array > 200, volume.affine), folder / "lesion.nii.gz")
-    monkeypatch.setattr("mome_sdk.cli._EXAMPLE", folder)
+    monkeypatch.setattr("mome_sdk.cli.EXAMPLE", folder)
     return folder
 
 

@@ -16,7 +16,10 @@ from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
 from mome_sdk.engines import RUNS, Engine
 from mome_sdk.export.checkpoint import import_checkpoint
+from mome_sdk.export.fused import fused_network
 from mome_sdk.export.graph import write_graph
+from mome_sdk.export.parity import example_windows
+from mome_sdk.export.targets import export_bundle
 from mome_sdk.network import MoME
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -106,6 +109,37 @@ def test_encoders_are_the_authors(tensors):
             skips = expert.encoder(torch.from_numpy(golden["input"]))
             near(skips[0].numpy(), golden[f"expert{i}_first_stage"], 1e-4)
             near(skips[-1].numpy(), golden[f"expert{i}_bottleneck"], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bundle", "imported"])
+def test_fused_networks_are_the_plain_one(name, request):
+    bundle = request.getfixturevalue(name)
+    image = torch.from_numpy(example_windows(bundle, bundle.patch, 2))
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        network = MoME(bundle.architecture).to(dtype)
+        network.load_state_dict({n: torch.tensor(t).to(dtype) for n, t in bundle.tensors.items()})
+        with torch.inference_mode():
+            expected = network(image.to(dtype)).fused[0]
+            for grouped in (True, False):
+                fused = fused_network(
+                    bundle.architecture, bundle.tensors, grouped=grouped, dtype=dtype
+                )
+                logits, _ = fused(image.to(dtype))
+                difference = (logits - expected).abs().max() / (expected.max() - expected.min())
+                assert float(difference) <= limit
+
+
+@pytest.mark.parametrize("target", ["torchscript", pytest.param("aoti", marks=pytest.mark.slow)])
+def test_programs_give_the_authors_patch(target, bundle, tmp_path):
+    made = export_bundle(bundle, tmp_path / target, target)
+    parity = made.manifest["parity"]
+    assert parity["where"] == "torch, cpu"
+    assert parity["max_of_range"] <= 1e-5
+    image = load_file(GOLDEN / "a" / "forward.safetensors")["input"]
+    expected = load_file(GOLDEN / "a" / "inference.safetensors")["patch_no_mirror"]
+    logits = np.empty_like(expected)
+    open_engine(made, "torch", threads=1).run(image, logits)
+    near(logits, expected, 1e-5 * float(np.ptp(expected)))
 
 
 def test_engine_gives_the_authors_patch(engine):
