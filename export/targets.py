@@ -179,7 +179,7 @@ def export_bundle(
 
 
 def make_job(
-    bundle: ModelBundle, *, precision: str, experts: str, batch: int | None, aim: Aim
+    bundle: ModelBundle, *, precision: str, experts: str, batch: int | None, aim: Aim | None = None
 ) -> Job:
     """The fused network of a bundle; for fp16 with what must stay float32 measured."""
     sizes, grouped = bundle.architecture, experts == "grouped"
@@ -197,7 +197,7 @@ def make_job(
         dtype=torch.float16 if precision == "fp16" else torch.float32,
         fp32_tensors=kept,
     )
-    return Job(bundle, network, precision, experts, batch, kept, aim)
+    return Job(bundle, network, precision, experts, batch, kept, aim or Aim())
 
 
 def check_export(path: str | Path) -> dict[str, Any] | str:

@@ -35,6 +35,13 @@ def test_a_trained_run_is_exported_and_finds_what_its_bundle_finds(tmp_path, sca
     assert made.modalities == config.modalities
     assert made.manifest["parity"]["max_of_range"] < 1e-4
 
+    plan = str(tmp_path / "plan")
+    aimed = ["--target", "tensorrt-rtx", "--precision", "fp16", "--sm", "80", "--batch", "2"]
+    assert main(["export", bundle, *aimed, "-o", plan]) == 0
+    planned = ExportedModel.load(plan)
+    assert (planned.target, planned.batch, planned.details["sms"]) == ("tensorrt-rtx", 2, [80])
+    assert planned.sha256 == made.sha256
+
     capsys.readouterr()
     found = {}
     for model in (bundle, export):

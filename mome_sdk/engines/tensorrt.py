@@ -234,7 +234,7 @@ def plan_problem(model: ExportedModel, library: Library, version: str, gpu: Gpu)
         return f"The plan was built by {library.name} {built[:50]}, here is {version}"
     only = details.get("gpu")
     if only is not None and only != gpu.name:
-        return f"The plan was built for {str(only)[:100]} alone, {gpu.name} is {gpu.index}"
+        return f"The plan was built for {str(only)[:100]} alone, cuda:{gpu.index} is {gpu.name}"
     if gpu.sm not in sms:
         able = ", ".join(str(sm) for sm in sms)[:100]
         return (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,7 +200,7 @@ def test_a_plan_runs_where_the_release_and_the_gpu_are_those_it_was_built_for(pl
     [
         ({}, "1.8.0", A100, "was built by TensorRT-RTX 1.7.1, here is 1.8.0"),
         ({}, "1.7.1", Gpu(0, "NVIDIA H100", 90), "for compute capability 80, 86, NVIDIA H100 .* 90"),
-        ({"gpu": "Tesla A2"}, "1.7.1", A100, "built for Tesla A2 alone, NVIDIA A100"),
+        ({"gpu": "Tesla A2"}, "1.7.1", A100, "built for Tesla A2 alone, cuda:0 is NVIDIA A100"),
         ({"version": None}, "1.7.1", A100, "does not say"),
         ({"sms": "80"}, "1.7.1", A100, "does not say"),
     ],
@@ -207,7 +208,7 @@ def test_a_plan_runs_where_the_release_and_the_gpu_are_those_it_was_built_for(pl
 def test_a_plan_for_something_else_is_known_before_it_is_loaded(plan, details, version, gpu, found):
     built = {"version": "1.7.1", "gpu": None, "sms": [80, 86], **details}
     other = dataclasses.replace(plan, manifest={**plan.manifest, "details": built})
-    assert found.split(" .* ")[0] in plan_problem(other, RTX, version, gpu)
+    assert re.search(found, plan_problem(other, RTX, version, gpu))
 
 
 def test_the_command_that_builds_a_plan_again_is_whole(plan):
