@@ -54,7 +54,7 @@ def write_onnx(job: Job, folder: Path) -> dict[str, Any]:
         str(folder / graph_file),
         save_as_external_data=True,
         location=data_file,
-        size_threshold=0,
+        size_threshold=1024,
     )
     del model
     onnx.checker.check_model(str(folder / graph_file), full_check=True)  # by path: with its data

@@ -1,7 +1,7 @@
 """A network as a plan of TensorRT or TensorRT-RTX: the ONNX file, parsed, looked through and built.
 
-TensorRT builds on the GPU that the plan is for, TensorRT-RTX anywhere. Both read the same file by the
-same calls; mome_sdk/engines/tensorrt.py has the table of those that differ.
+TensorRT builds on the GPU that the plan is for, TensorRT-RTX anywhere. Both read the same file by
+the same calls; mome_sdk/engines/tensorrt.py has the table of those that differ.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def ready_for_plan(target: str, aim: Aim) -> tuple[Library, Any, Gpu | None]:
     """The library of a target, its module, and the GPU to build on, if there is one.
 
     Raises:
-        EngineError: `engine.missing`, `engine.version`: the library; `engine.device`, it needs a GPU
-            to build on.
+        EngineError: `engine.missing`, `engine.version`: the library; `engine.device`, it needs a
+            GPU to build on.
         InputError: `argument.sm`, what the plan is for is not said and no GPU says it, or the GPU
             here is none of these; `argument.timing-cache`.
     """
@@ -140,8 +140,10 @@ def parsed(library: Library, trt: Any, graph: Path) -> Iterator[tuple[Any, Any]]
     builder = trt.Builder(log)
     network = builder.create_network(library.network_flags(trt))
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(graph)):
+    # Bytes that are no ONNX file at all are an empty network to it.
+    if not parser.parse_from_file(str(graph)) or network.num_outputs == 0:
         found = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        found = found or ["there is no network in it"]
         raise EngineError(
             "engine.failed",
             f"{library.name} {trt.__version__} cannot read the ONNX file: {'; '.join(found)}.",

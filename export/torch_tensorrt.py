@@ -38,7 +38,9 @@ def write_torch_tensorrt(job: Job, folder: Path) -> dict[str, Any]:
     example = job.example().to(device)
     try:
         program = torch.export.export(job.network.to(device), (example,))
-        module = compiler.dynamo.compile(program, **settings(device, example, job.aim.workspace_bytes))
+        module = compiler.dynamo.compile(
+            program, **settings(device, example, job.aim.workspace_bytes)
+        )
         compiler.save(
             module,
             str(folder / ARTEFACTS["torch-tensorrt"][0]),

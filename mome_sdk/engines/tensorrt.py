@@ -2,7 +2,7 @@
 
 A plan fits one release of its library and the GPUs that it was built for. Both are compared with
 export.json before the library sees the plan: what it does with another one is not always an error.
-LIBRARIES is the one place for what is called differently in TensorRT 10, TensorRT 11 and TensorRT-RTX.
+LIBRARIES is the one place for what TensorRT 10, TensorRT 11 and TensorRT-RTX call differently.
 """
 
 from __future__ import annotations
@@ -105,33 +105,36 @@ def _context_rtx(trt: Any, engine: Any) -> Any:
     return engine.create_execution_context(settings)
 
 
-# Row by row, with the page that says so (docs.nvidia.com/deeplearning/):
-#   network_flags    tensorrt/11.4.0/api/migration/tensorrt-10x-to-11x.html: 10 types a network strongly
-#                    on request, 11 always; the flag is deprecated there and does nothing
-#   aim              tensorrt/11.1.0/inference-library/engine-compatibility.html, "Hardware Compatibility";
-#                    tensorrt-rtx/latest/inference-library/engine-compatibility.html: compute capabilities
-#   builds_on_gpu,   tensorrt-rtx/1.4/getting-started/release-notes-1/1.1.html: RTX builds without a GPU,
-#   times            unless a timing cache is used, which changes nothing in its plans
-#   header_problems  tensorrt-rtx/latest/inference-library/engine-compatibility.html, "Compatibility Checks"
-#   context,         tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html: RTX records by
-#   records_graph    itself; tensorrt/11.1.0/performance/optimization.html, "CUDA Graphs", for the others
+# What is called differently, with the page under docs.nvidia.com/deeplearning/ that says so:
+#   network_flags: 10 types a network strongly on request, 11 always, the flag does nothing there
+#     tensorrt/11.4.0/api/migration/tensorrt-10x-to-11x.html
+#   aim: by a level of compatibility with the GPU here; RTX by a list of compute capabilities
+#     tensorrt/11.1.0/inference-library/engine-compatibility.html
+#     tensorrt-rtx/latest/inference-library/engine-compatibility.html
+#   builds_on_gpu, times: RTX needs no GPU, unless it is given a timing cache, which changes nothing
+#     tensorrt-rtx/1.4/getting-started/release-notes-1/1.1.html
+#   header_problems: RTX tells from the head of a plan whether it fits
+#     tensorrt-rtx/latest/inference-library/engine-compatibility.html
+#   context, records_graph: RTX records CUDA graphs itself, for the others we do
+#     tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html
+#     tensorrt/11.1.0/performance/optimization.html
 _TENSORRT_10 = Library(
     name="TensorRT",
     builds_on_gpu=True,
     network_flags=_strongly_typed,
     aim=_aim_by_compatibility,
     times=True,
-    header_problems=lambda trt, runtime, plan: "",
-    context=lambda trt, engine: engine.create_execution_context(),
+    header_problems=lambda *_: "",
+    context=lambda _, engine: engine.create_execution_context(),
     records_graph=True,
 )
 LIBRARIES: dict[tuple[str, int], Library] = {
     ("tensorrt", 10): _TENSORRT_10,
-    ("tensorrt", 11): dataclasses.replace(_TENSORRT_10, network_flags=lambda trt: 0),
+    ("tensorrt", 11): dataclasses.replace(_TENSORRT_10, network_flags=lambda _: 0),
     ("tensorrt-rtx", 1): Library(
         name="TensorRT-RTX",
         builds_on_gpu=False,
-        network_flags=lambda trt: 0,
+        network_flags=lambda _: 0,
         aim=_aim_by_list,
         times=False,
         header_problems=_header_problems_rtx,
@@ -399,13 +402,19 @@ class TensorRTEngine(ModelEngine):
             self._graph = None
 
 
-def load(model: Model, *, device: str, precision: str, threads: int | None) -> TensorRTEngine:
+def load(
+    model: Model,
+    *,
+    device: str,
+    precision: str,
+    threads: int | None,  # noqa: ARG001 (the CPU has little to do)
+) -> TensorRTEngine:
     """See `open_engine`.
 
     Raises:
-        EngineError: `engine.missing`, `engine.version`: the library; `engine.device`: the GPU, looked
-            for before the library is used, which may crash without one; `engine.plan`: it was built
-            for other ones, or is not what export.json says.
+        EngineError: `engine.missing`, `engine.version`: the library; `engine.device`: the GPU,
+            looked for before the library is used, which may crash without one; `engine.plan`: the
+            plan was built for other ones, or is not what export.json says.
     """
     if not isinstance(model, ExportedModel) or model.target not in _MODULES:
         raise InputError(

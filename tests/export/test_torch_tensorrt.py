@@ -1,4 +1,4 @@
-"""What Torch-TensorRT is asked for. It cannot be imported without a GPU: a stand-in notes the calls."""
+"""What Torch-TensorRT is asked for: without a GPU it cannot be imported, a stand-in takes notes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from mome_sdk.architecture import Architecture
+from mome_sdk.benchmarks.models import random_bundle
 from mome_sdk.engines import cuda
 from mome_sdk.engines.cuda import Gpu
 from mome_sdk.errors import EngineError
@@ -39,11 +41,11 @@ class Compiler:
 
 
 @pytest.fixture
-def job(tiny_bundle) -> Job:
-    network = fused_network(
-        tiny_bundle.architecture, tiny_bundle.tensors, grouped=True, dtype=torch.float16
-    )
-    return Job(tiny_bundle, network, "fp16", "grouped", 2, (), Aim(workspace_bytes=1 << 30))
+def job(tmp_path_factory) -> Job:
+    architecture = Architecture((4, 8), (1, 2), (1, 1), (1,), experts=2)
+    bundle = random_bundle(tmp_path_factory.mktemp("small") / "b", architecture, (16, 16, 16))
+    network = fused_network(architecture, bundle.tensors, grouped=True, dtype=torch.float16)
+    return Job(bundle, network, "fp16", "grouped", 2, (), Aim(workspace_bytes=1 << 30))
 
 
 @pytest.fixture
@@ -90,6 +92,6 @@ def test_what_stops_the_compiler_is_an_engine_error(job, compiler, tmp_path):
 @pytest.mark.skipif(bool(cuda.gpus()), reason="There is a GPU here.")
 def test_the_gpu_is_looked_for_before_the_import(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    with pytest.raises(EngineError, match="NVIDIA driver|GPUs") as caught:
+    with pytest.raises(EngineError, match=r"NVIDIA driver|GPUs") as caught:
         torch_tensorrt.ready_for_torch_tensorrt(Aim())
     assert caught.value.code == "engine.device"
