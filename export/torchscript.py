@@ -17,8 +17,8 @@ TORCHSCRIPT_CAUTION = (
     "PyTorch has deprecated TorchScript: a later version may not load this file. Keep the bundle."
 )
 AOTI_CAUTION = (
-    "model.pt2 is machine code for this kind of processor: whoever loads it runs it. Take such files "
-    "from nobody you would not take a program from."
+    "model.pt2 is machine code for this kind of processor: whoever loads it runs it. Take such "
+    "files from nobody you would not take a program from."
 )
 
 

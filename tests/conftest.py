@@ -102,9 +102,7 @@ def fp16_export(
 ) -> ExportedModel:
     """The same in half precision, two windows a call, experts apart."""
     out = tmp_path_factory.mktemp("exports") / "fp16"
-    return export_bundle(
-        tiny_bundle, out, "onnx", precision="fp16", experts="separate", batch=2
-    )
+    return export_bundle(tiny_bundle, out, "onnx", precision="fp16", experts="separate", batch=2)
 
 
 @pytest.fixture(scope="session")
