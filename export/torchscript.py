@@ -29,6 +29,7 @@ def write_torchscript(job: Job, folder: Path) -> dict[str, Any]:
     example = job.example()[..., :edge, :edge, :edge]
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", DeprecationWarning)  # TORCHSCRIPT_CAUTION says it
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # norms look at their input's size
         traced = torch.jit.trace(job.network, example, check_trace=False)
         frozen = torch.jit.freeze(traced)
         frozen.save(str(folder / ARTEFACTS["torchscript"][0]))
