@@ -1,10 +1,10 @@
 """MoME as one network for compilers: only what gives the full-resolution logits, and the shares.
 
-`grouped` makes one network of grouped convolutions of the experts, so that a layer is one launch on a
-GPU; `separate` keeps one after the other. Which is faster only the user's GPU can say. Left out are
-the heads of the coarser levels and the biases before instance norms, which cancel them. The gate's
-first convolution is a sum of two, over the image and over the experts' features: their concatenation
-would be a copy of the largest maps, and 161 channels fit no tensor core.
+`grouped` makes one network of grouped convolutions of the experts, so that a layer is one launch on
+a GPU; separate experts follow one another. Which is faster only the user's GPU can say. Left out
+are the heads of the coarser levels and the biases before instance norms, which cancel them. The
+gate's first convolution is a sum of two, over the image and over the experts' features: their
+concatenation would be a copy of the largest maps, and 161 channels fit no tensor core.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A network as an ONNX file of its own, for runtimes and for TensorRT: fp32 or fp16, any batch or one.
+"""A network as an ONNX file of its own, for runtimes and for TensorRT: fp32 or fp16, any batch.
 
 PyTorch's exporter writes it, from the fused network. (The graph inside a bundle is another file's
 work, graph.py: float32, any size of window, its weights those of the bundle; it is written by `mome
@@ -54,7 +54,7 @@ def write_onnx(job: Job, folder: Path) -> dict[str, Any]:
         str(folder / graph_file),
         save_as_external_data=True,
         location=data_file,
-        size_threshold=1024,
+        size_threshold=1024,  # indices and shapes stay in the graph, where the checker reads them
     )
     del model
     onnx.checker.check_model(str(folder / graph_file), full_check=True)  # by path: with its data

@@ -1,4 +1,4 @@
-"""An exported file against PyTorch in float32: how far its logits are off, and where classes flip."""
+"""An exported file against PyTorch in float32: how far its logits are off, which classes flip."""
 
 from __future__ import annotations
 
@@ -26,18 +26,17 @@ _ON_GPU = {"tensorrt", "tensorrt-rtx", "torch-tensorrt"}
 
 
 def example_windows(bundle: ModelBundle, edges: Index3, count: int) -> NDArray[np.float32]:
-    """Windows (count, C, *edges) of the bundled example, normalised: those with most brain first."""
-    prepared = prepare(read_nifti(EXAMPLE / "flair.nii.gz"), bundle, "mni")
-    image = prepared.volume.array.astype(np.float32)
+    """Windows (count, C, *edges) of the bundled example, normalised: the brightest first."""
+    volume = read_nifti(EXAMPLE / "flair.nii.gz")
+    image = prepare(volume, bundle, "mni").volume.array.astype(np.float32)
     missing = [max(0, edge - size) for edge, size in zip(edges, image.shape, strict=True)]
     image = np.pad(image, [(0, gap) for gap in missing])
-    brain = np.pad(prepared.brain, [(0, gap) for gap in missing])
     d, h, w = image.shape
     boxes = [
         tuple(slice(start, start + edge) for start, edge in zip(starts, edges, strict=True))
         for starts in product(*SlidingWindow(edges).starts((d, h, w)))
     ]
-    boxes.sort(key=lambda box: -int(np.count_nonzero(brain[box])))
+    boxes.sort(key=lambda box: -float(image[box].sum()))
     chosen = np.stack([image[boxes[i % len(boxes)]] for i in range(count)])
     return np.repeat(chosen[:, None], bundle.architecture.in_channels, axis=1)
 

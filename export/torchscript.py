@@ -17,8 +17,8 @@ TORCHSCRIPT_CAUTION = (
     "PyTorch has deprecated TorchScript: a later version may not load this file. Keep the bundle."
 )
 AOTI_CAUTION = (
-    "model.pt2 is machine code for this kind of processor: whoever loads it runs it. Take such files "
-    "from nobody you would not take a program from."
+    "model.pt2 is machine code for this kind of processor: whoever loads it runs it. Take such "
+    "files from nobody you would not take a program from."
 )
 
 
@@ -29,6 +29,7 @@ def write_torchscript(job: Job, folder: Path) -> dict[str, Any]:
     example = job.example()[..., :edge, :edge, :edge]
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", DeprecationWarning)  # TORCHSCRIPT_CAUTION says it
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # norms look at their input's size
         traced = torch.jit.trace(job.network, example, check_trace=False)
         frozen = torch.jit.freeze(traced)
         frozen.save(str(folder / ARTEFACTS["torchscript"][0]))

@@ -1,6 +1,6 @@
 """Model: what a bundle says about its network; all that preparing, running and reporting need.
 
-A bundle (bundle.py) adds the weights, an export folder (exported.py) the file that was made of them.
+A bundle (bundle.py) adds the weights, an export folder (exported.py) the file made of them.
 """
 
 from __future__ import annotations

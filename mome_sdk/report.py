@@ -318,6 +318,8 @@ def _registration_section(segmentation: Segmentation, png: bytes | None) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(str(part) for part in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
     return "" if value is None else str(value)
 
 

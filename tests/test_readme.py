@@ -121,9 +121,7 @@ def test_an_export_is_made_looked_at_and_used(capsys: pytest.CaptureFixture[str]
     assert Path("lesions.nii.gz").is_file()
 
 
-@pytest.mark.parametrize(
-    "words", [w for w in SHELL if w[:2] == ["mome", "export"]], ids=" ".join
-)
+@pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "export"]], ids=" ".join)
 def test_export_commands_are_understood(words: list[str]) -> None:
     options = parser().parse_args(words[1:])
     assert options.check is not None or (options.target and options.output)

@@ -1,7 +1,7 @@
 """The network in PyTorch, on the CPU or a CUDA device: the reference for all other engines.
 
-Exports for torchscript and aoti run here too. Both are programs: what they hold is run, so that they
-must come from a source that is trusted.
+Exports for torchscript and aoti run here too. They are programs: take them from a source that you
+trust.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def test_nan_is_as_far_as_it_gets():
     assert not compare(np.full_like(expected, np.nan), expected)["max_of_range"] <= 1.0
 
 
-def test_windows_are_of_the_example_and_hold_brain(tiny_bundle):
+def test_windows_are_the_brightest_of_the_example(tiny_bundle):
     windows = example_windows(tiny_bundle, (16, 16, 16), 3)
     assert windows.shape == (3, 1, 16, 16, 16)
     assert windows.dtype == np.float32

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import TINY, random_tensors
-from mome_sdk.bundle import ModelBundle, create_bundle
+from mome_sdk.bundle import create_bundle
 from mome_sdk.cli import main
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.export import targets
@@ -36,7 +36,8 @@ def test_the_manifest_says_what_was_measured(onnx_export, fp16_export):
     assert half["voxels"] == 2 * 16**3
     assert fp16_export.manifest["fp32_tensors"] == []
     assert set(onnx_export.manifest["versions"]) == {"mome-sdk", "torch", "onnx", "onnxscript"}
-    assert onnx_export.details["operators"]["Conv"] == 23  # 10 + head, gate 11 and its stem's second
+    # Ten and a head, of the experts and of the gate, whose first convolution is two.
+    assert onnx_export.details["operators"]["Conv"] == 23
 
 
 def test_what_stays_in_float32_is_in_the_manifest(tmp_path):
@@ -106,7 +107,7 @@ def test_a_file_that_cannot_run_here_says_so(tiny_bundle, tmp_path, monkeypatch,
         raise EngineError("engine.missing", "The engine needs a package.")
 
     monkeypatch.setattr("mome_sdk.engines.ENGINES", {"torch": missing})
-    monkeypatch.setattr(targets, "float32_logits", lambda b, w: (np.repeat(w, 2, 1), "a test"))
+    monkeypatch.setattr(targets, "float32_logits", lambda _, w: (np.repeat(w, 2, 1), "a test"))
     made = export_bundle(tiny_bundle, tmp_path / "out", "torchscript")
     assert made.manifest["parity"] == NOT_RUN
     assert main(["inspect", str(made.path)]) == 0
@@ -152,7 +153,7 @@ def test_wrong_usage_is_one_line(words, text, capsys):
     assert said.count("\n") == 1
 
 
-def test_check_finds_a_file_that_changed_its_mind(onnx_export, fp16_export, tmp_path, capsys):
+def test_check_finds_a_file_that_changed_its_mind(onnx_export, tmp_path, capsys):
     """A folder whose every checksum is right and whose reference is another network's."""
     from test_exported import relist
 
@@ -182,12 +183,15 @@ def test_predict_takes_an_export_folder(onnx_export, tmp_path, capsys):
 
 
 def test_a_missing_exporter_is_named(tiny_bundle, tmp_path):
+    words = ["export", str(tiny_bundle.path), "--target", "onnx", "-o", str(tmp_path / "x")]
     program = f"""
 import sys
 sys.modules["onnxscript"] = None
 from mome_sdk.cli import main
-sys.exit(main(["export", {str(tiny_bundle.path)!r}, "--target", "onnx", "-o", {str(tmp_path / "x")!r}]))
+sys.exit(main({words}))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert 'pip install "mome-sdk[export]"' in done.stderr

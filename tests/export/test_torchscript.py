@@ -62,7 +62,7 @@ def test_a_compiler_that_fails_is_an_engine_error(tiny_bundle, tmp_path, monkeyp
 
     monkeypatch.setattr(torchscript.torch._inductor, "aoti_compile_and_package", fail)
     job = make_job(tiny_bundle, precision="fp32", experts="grouped", batch=1)
-    with pytest.raises(EngineError, match="no g\\+\\+$|no g\\+\\+ ") as caught:
+    with pytest.raises(EngineError, match=r"network: no g\+\+ A C\+\+") as caught:
         write_aoti(job, tmp_path)
     assert caught.value.code == "engine.failed"
 
