@@ -16,6 +16,7 @@ import torch
 from mome_sdk.architecture import Architecture
 from mome_sdk.benchmarks.models import FULL_SIZE, FULL_SIZE_PATCH, random_bundle
 from mome_sdk.bundle import ModelBundle
+from mome_sdk.cli import main
 from mome_sdk.engines import cuda
 from mome_sdk.engines.tensorrt import LIBRARIES, open_library, plan_name
 from mome_sdk.errors import EngineError, InputError
@@ -33,6 +34,8 @@ from mome_sdk.export.tensorrt import (
     parsed,
     ready_for_plan,
 )
+from mome_sdk.nifti import write_nifti
+from mome_sdk.volume import Volume
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="The extra tensorrt-rtx is not installed.")
 
@@ -242,6 +245,26 @@ def test_tensorrt_is_told_how_compatible_a_plan_must_be(sms, level):
     with pytest.raises(InputError, match="75, 80") as caught:
         LIBRARIES["tensorrt", 10].aim(trt, config, (75, 80))
     assert caught.value.code == "argument.sm"
+
+
+@NO_GPU
+def test_the_command_builds_a_plan_and_says_where_it_runs(small, tmp_path, capsys):
+    out, scan = str(tmp_path / "out"), tmp_path / "scan.nii.gz"
+    words = ["export", str(small.path), "--target", "tensorrt-rtx", "--sm", "80", "--sm", "89"]
+    assert main([*words, "--precision", "fp16", "--experts", "separate", "-o", out]) == 0
+    assert "parity: not run here" in capsys.readouterr().out
+    assert main(["inspect", out]) == 0
+    said = capsys.readouterr().out
+    for part in ('"sms": [80, 89]', "CONVOLUTION HALF", "separate", "engines     tensorrt"):
+        assert part in said
+    assert main(["export", "--check", out]) == 0
+    assert "not run here" in capsys.readouterr().out
+    write_nifti(Volume(np.ones((9, 9, 9)), np.eye(4)), scan)
+    predict = ["predict", str(scan), "-o", str(tmp_path / "mask.nii.gz"), "--space", "model"]
+    assert main([*predict, "--model", out, "--device", "cuda:0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "[engine.none]" in line
+    assert "NVIDIA" in line
 
 
 @pytest.mark.slow
