@@ -184,7 +184,7 @@ def test_gpu_suite_on_cpu_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     bundle = random_bundle(tmp_path / "x", WHOLE, (8, 8, 8))
-    export = partial(export_bundle, bundle, tmp_path / "onnx", "onnx", batch=3)
+    export = partial(export_bundle, bundle, tmp_path / "ts", "torchscript", batch=3)
     table = gpu.run(
         bundle,
         device="cpu",
