@@ -95,7 +95,7 @@ class FusedUNet(nn.Module):
             skips.append(x)
         for d, stage in enumerate(self.decoder):
             first, *blocks = _blocks(stage)
-            up = self.ups[d]
+            up: Any = self.ups[d]
             x = first(self._joined(up(x.to(up.weight.dtype)), skips[-2 - d], first))
             for block in blocks:
                 x = block(x)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.jit._trace import TracerWarning
 
 from mome_sdk.errors import EngineError
 from mome_sdk.exported import ARTEFACTS
@@ -29,7 +30,8 @@ def write_torchscript(job: Job, folder: Path) -> dict[str, Any]:
     example = job.example()[..., :edge, :edge, :edge]
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore", DeprecationWarning)  # TORCHSCRIPT_CAUTION says it
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # norms look at their input's size
+        # Norms look at their input's size, which the tracer takes for a constant.
+        warnings.simplefilter("ignore", TracerWarning)
         traced = torch.jit.trace(job.network, example, check_trace=False)
         frozen = torch.jit.freeze(traced)
         frozen.save(str(folder / ARTEFACTS["torchscript"][0]))

@@ -316,7 +316,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for option in ("--space", "--mirror", "--blend", "--probability", "--report", "--json"):
         assert option in said
-    for absent in ("native,mni", "tensorrt", "fp16"):
+    for absent in ("native,mni", "tensorrt"):
         assert absent not in said
 
 

@@ -147,7 +147,8 @@ def _program(model: ExportedModel, device: str) -> Network:
 def _torchscript(model: ExportedModel, device: str) -> Callable[..., Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # said when it is exported
-        return torch.jit.load(str(model.file), map_location=device)
+        program: Callable[..., Any] = torch.jit.load(str(model.file), map_location=device)
+    return program
 
 
 def _aoti(model: ExportedModel, device: str) -> Callable[..., Any]:
