@@ -18,7 +18,7 @@ from mome_sdk.benchmarks.models import FULL_SIZE, FULL_SIZE_PATCH, random_bundle
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.cli import main
 from mome_sdk.engines import cuda
-from mome_sdk.engines.tensorrt import LIBRARIES, open_library, plan_name
+from mome_sdk.engines.tensorrt import LIBRARIES, log_of, open_library, plan_name
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.export.fused import fused_network
 from mome_sdk.export.job import Aim, Job
@@ -33,6 +33,7 @@ from mome_sdk.export.tensorrt import (
     layers_of,
     parsed,
     ready_for_plan,
+    timed,
 )
 from mome_sdk.nifti import write_nifti
 from mome_sdk.volume import Volume
@@ -219,6 +220,19 @@ def test_options_that_would_do_nothing_are_refused(tiny_bundle, tmp_path):
     with pytest.raises(InputError, match="not built for a GPU") as caught:
         export_bundle(tiny_bundle, tmp_path / "x", "onnx", aim=Aim((80,)))
     assert caught.value.code == "argument.sm"
+
+
+@pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
+def test_what_was_measured_is_kept_for_the_next_plan(tmp_path):
+    # The caches of TensorRT-RTX hold nothing, but they are there.
+    library, trt = open_library("tensorrt-rtx")
+    config = configured(library, trt, trt.Builder(log_of(trt)), (80,), None)
+    for _ in range(2):
+        with timed(config, tmp_path / "cache"):
+            assert config.get_timing_cache() is not None
+        assert (tmp_path / "cache").stat().st_size > 0
+    with timed(config, None):
+        assert list(tmp_path.iterdir()) == [tmp_path / "cache"]
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-rtx", "torch-tensorrt"])
