@@ -19,6 +19,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import helper
+from onnx.external_data_helper import set_external_data
 
 from mome_sdk.errors import EngineError
 from mome_sdk.exported import ARTEFACTS
@@ -49,13 +50,10 @@ def write_onnx(job: Job, folder: Path) -> dict[str, Any]:
     _name_layers(model.graph)
     _describe(model, job)
     counts = _operators(model)
-    onnx.save_model(
-        model,
-        str(folder / graph_file),
-        save_as_external_data=True,
-        location=data_file,
-        size_threshold=1024,  # indices and shapes stay in the graph, where the checker reads them
-    )
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith((".weight", ".bias")):  # not what the checker reads: indices
+            set_external_data(tensor, location=data_file)
+    onnx.save_model(model, str(folder / graph_file))
     del model
     onnx.checker.check_model(str(folder / graph_file), full_check=True)  # by path: with its data
     return {"opset": OPSET, "operators": counts}

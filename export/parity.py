@@ -26,7 +26,7 @@ _ON_GPU = {"tensorrt", "tensorrt-rtx", "torch-tensorrt"}
 
 
 def example_windows(bundle: ModelBundle, edges: Index3, count: int) -> NDArray[np.float32]:
-    """Windows (count, C, *edges) of the bundled example, normalised: from the brightest to the darkest."""
+    """Normalised windows (count, C, *edges) of the bundled example, brightest to darkest."""
     volume = read_nifti(EXAMPLE / "flair.nii.gz")
     image = prepare(volume, bundle, "mni").volume.array.astype(np.float32)
     missing = [max(0, edge - size) for edge, size in zip(edges, image.shape, strict=True)]

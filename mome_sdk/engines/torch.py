@@ -139,6 +139,8 @@ def _program(model: ExportedModel, device: str) -> Network:
     """The program that an export is; it gives logits and shares always."""
     try:
         program = _OPEN[model.target](model, device)
+    except EngineError:  # a RuntimeError too
+        raise
     except (RuntimeError, ValueError, OSError) as error:
         raise EngineError("engine.failed", f"PyTorch cannot load it: {error}") from error
     return lambda image, _: program(image)
