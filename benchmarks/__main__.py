@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from mome_sdk._core import default_threads
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.engines import ENGINES
+from mome_sdk.engines import RUNS
 from mome_sdk.errors import InputError
 from mome_sdk.files import make_folder
 from mome_sdk.segmenter import MIRRORS
@@ -26,13 +26,13 @@ SUITES = {
     "end-to-end": ("an image from .nii.gz to .nii.gz, by stage", (5, 1)),
     "cold-start": ("process start to the first window, by stage", (10, 5)),
     "preprocess": ("reading, registration and the way back, by stage", (3, 3)),
-    "gpu": ("the published predictor, PyTorch and MONAI on a CUDA device", (10, 5)),
+    "gpu": ("the published predictor, PyTorch, MONAI and TensorRT on a CUDA device", (10, 5)),
 }
 # Suite -> what its --engines may name.
 CONTENDERS = {
-    "engines": (*ENGINES, COMPILED),
-    "end-to-end": (*ENGINES, COMPILED, PUBLISHED),
-    "cold-start": tuple(ENGINES),
+    "engines": (*RUNS["bundle"], COMPILED),
+    "end-to-end": (*RUNS["bundle"], COMPILED, PUBLISHED),
+    "cold-start": RUNS["bundle"],
 }
 
 
@@ -139,7 +139,8 @@ def _suite(options: argparse.Namespace) -> Callable[[], Table]:
     if options.suite == "gpu":
         from . import gpu
 
-        return partial(gpu.run, bundle, rounds=rounds)
+        exports = gpu.plans(bundle, options.output / "plans")
+        return partial(gpu.run, bundle, rounds=rounds, exports=exports)
     common: dict[str, Any] = {"rounds": rounds, "threads": options.threads}
     if options.suite == "window":
         from . import window

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mome_sdk import _core
-from mome_sdk.bundle import Blend, ModelBundle
-from mome_sdk.engines.torch import TorchEngine
+from mome_sdk.bundle import ModelBundle
+from mome_sdk.engines.torch import EagerNetwork, TorchEngine
+from mome_sdk.model import Blend
 from mome_sdk.network import MoME
 from mome_sdk.nifti import read_nifti, write_nifti
 from mome_sdk.preprocess.pipeline import prepare, restore
@@ -40,8 +41,8 @@ class CompiledEngine(TorchEngine):
 
     def __init__(self, bundle: ModelBundle, *, threads: int | None) -> None:
         super().__init__(bundle, "cpu", "fp32", threads or _core.default_threads())
-        assert self._network is not None
-        self._network.compile()
+        assert isinstance(self._network, EagerNetwork)
+        self._network.module.compile()
 
 
 class PublishedScan:

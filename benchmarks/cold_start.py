@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.engines import ENGINES
+from mome_sdk.engines import RUNS
 from mome_sdk.errors import MomeError
 
 from . import start
@@ -42,7 +42,7 @@ def run(
     """
     work = {"model": bundle.name, "patch": list(bundle.patch), "threads": threads}
     table = Table("cold-start", work)
-    names = [name for name in ENGINES if only is None or name in only]
+    names = [name for name in RUNS["bundle"] if only is None or name in only]
     logits = {}
     for name in dict.fromkeys((REFERENCE, *names)):
         say(f"first window: {name}")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.engines import ENGINES
+from mome_sdk.engines import RUNS
 from mome_sdk.errors import MomeError
 
 from .measure import Missing, Row, Table, compare, interleave, say
@@ -38,7 +38,7 @@ class Contender:
 def contenders() -> list[Contender]:
     """Every engine there is, and what else a reader would want to see beside them."""
     found = []
-    for engine in ENGINES:
+    for engine in RUNS["bundle"]:
         found.append(Contender(f"{engine} fp32", engine))
         if engine == BASELINE:
             found.append(Contender(f"{engine} bf16", engine, "bf16"))
@@ -52,7 +52,7 @@ def restricted() -> list[Contender]:
     switches = {"native": {"MOME_CPU": "avx2"}, BASELINE: {"ONEDNN_MAX_CPU_ISA": "AVX2"}}
     return [
         Contender(f"{engine} fp32, AVX2 only", engine, environment=switches[engine])
-        for engine in ENGINES
+        for engine in RUNS["bundle"]
         if engine in switches
     ]
 

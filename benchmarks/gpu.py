@@ -1,4 +1,4 @@
-"""One image on a CUDA device: the published predictor, the best of PyTorch, MONAI's windows.
+"""One image on a CUDA device: the published predictor, PyTorch, MONAI's windows, TensorRT plans.
 
 `mome bench gpu` measures all of it in one run. Everything here also works on CPU tensors, which is
 how it is tested.
@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mome_sdk.bundle import Blend, ModelBundle
-from mome_sdk.errors import EngineError
+from mome_sdk.bundle import ModelBundle
+from mome_sdk.engines import Engine, open_engine
+from mome_sdk.errors import EngineError, MomeError
+from mome_sdk.export.job import Aim
+from mome_sdk.export.targets import export_bundle
+from mome_sdk.exported import EXPERTS, ExportedModel
+from mome_sdk.model import Blend
 from mome_sdk.segmenter import MIRRORS, Mirror
 from mome_sdk.sliding_window import SlidingWindow
 from mome_sdk.volume import Index3
@@ -47,6 +54,7 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channel
 # The second one searches among kernels; it may take many minutes the first time.
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
 BATCHES = (1, 2, 4)
+PLAN_BATCHES = (1, 2, 4, 8)
 
 _AGAINST = "its own windows in PyTorch fp32, blended in float64"
 _STATE = "driver_version,power.limit,clocks.sm,clocks.mem,temperature.gpu,ecc.mode.current"
@@ -85,6 +93,7 @@ def run(
     mirrors: Sequence[Mirror] = ("none", "all"),
     modes: Sequence[str] = COMPILE_MODES,
     shape: Index3 | None = None,
+    exports: Mapping[str, Callable[[], ExportedModel]] | None = None,
 ) -> Table:
     """Seconds for the bundled example, from a tensor on the device to logits on the device.
 
@@ -95,11 +104,14 @@ def run(
         mirrors: "none", "all" or both; rows are compared with those of equal work only.
         modes: Modes of torch.compile.
         shape: Of the image (D, H, W), cut from the example; None for the whole model grid.
+        exports: Name of a row -> what gives the exported file, which may take minutes.
 
     `work_device_mb` is PyTorch's peak beyond what it held before the image: the weights, of which
     every row has its own, are not in it. `first_s` is the first image, with compilation.
     16-bit rows are autocast: float16 on CUDA, as published, bfloat16 on the CPU. Every row is
     compared with its own windows and weights, computed in float32 without TensorFloat-32.
+    Exports run in the SDK's own runner, from an array of the host to one; each is measured alone,
+    for their working memory would not fit beside each other.
     """
     torch.backends.cudnn.benchmark = True  # as the published predictor has it
     whole = bundle.grid.reorient(bundle.axes).shape
@@ -117,7 +129,54 @@ def run(
     forwards = _forwards(bench, modes)
     for mirror in mirrors:
         _add_rows(table, bench, mirror, forwards, rounds)
+    for name, make in (exports or {}).items():
+        say(f"exporting, or opening, {name}")
+        try:
+            with closing(open_engine(make(), device=device)) as engine:
+                for mirror in mirrors:
+                    _add_export(table, bench, mirror, (name, engine), rounds)
+        except MomeError as error:
+            table.missing.append(Missing(name, error.message))
     return table
+
+
+def plans(bundle: ModelBundle, folder: Path) -> dict[str, Callable[[], ExportedModel]]:
+    """TensorRT plans in half precision for this GPU: experts grouped or not, and the batches.
+
+    Args:
+        bundle: What is exported.
+        folder: Where they are written, and taken from if they are of this bundle.
+    """
+    found: dict[str, Callable[[], ExportedModel]] = {}
+    for experts in EXPERTS:
+        for batch in PLAN_BATCHES:
+            name = f"TensorRT, {experts} experts, {batch} window{'s' if batch > 1 else ''} a call"
+            path = folder / f"tensorrt-fp16-{experts}-{batch}"
+            found[name] = partial(_plan, bundle, path, experts, batch)
+    return found
+
+
+def _plan(bundle: ModelBundle, path: Path, experts: str, batch: int) -> ExportedModel:
+    if path.exists():
+        model = ExportedModel.load(path)
+        if model.sha256 != bundle.sha256:
+            raise EngineError(
+                "engine.plan",
+                f"{str(path)!r} is of another bundle.",
+                hint="Name another output folder.",
+            )
+        return model
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return export_bundle(
+        bundle,
+        path,
+        "tensorrt",
+        precision="fp16",
+        experts=experts,
+        batch=batch,
+        aim=Aim(timing_cache=path.parent / "timing.cache"),
+        progress=lambda stage: say(f"{path.name}: {stage}"),
+    )
 
 
 def state(device: str) -> dict[str, Any]:
@@ -210,6 +269,11 @@ class _Bench:
 
         return predict
 
+    def by_runner(self, engine: Engine, mirror: Mirror) -> Predictor:
+        """The SDK's own sliding window around an engine."""
+        windows = SlidingWindow(self.patch, mirror=MIRRORS[mirror], blend="exact")
+        return lambda image: torch.from_numpy(windows.run(engine, image.cpu().numpy()))
+
     def by_monai(self, forward: Forward, batch: int) -> Predictor:
         return monai(forward, self._weights("exact", torch.float32), batch=batch)
 
@@ -230,7 +294,7 @@ def _add_rows(
 ) -> None:
     """Rows of one mirroring: PyTorch's variants, then MONAI around the fastest of them."""
     axes = MIRRORS[mirror]
-    suffix = "" if mirror == "none" else ", mirrored"
+    suffix = _suffix(mirror)
     networks = {f"{name}{suffix}": mirrored(forward, axes) for name, forward in forwards.items()}
     subjects: dict[str, _Timed] = {}
     candidates: dict[str, Candidate] = {}
@@ -257,19 +321,46 @@ def _add_rows(
             enter(candidate)
     samples = interleave(subjects, rounds)
     for name, timed in subjects.items():
-        windows = 2 ** len(axes) * prod(map(len, candidates[name].starts))
-        seconds = float(np.median([sample["image"] for sample in samples[name]]))
-        details: dict[str, Detail] = {
-            "ms_per_window": 1e3 * seconds / windows,
-            "tflop_per_s": 1e-3 * float(table.work["gflop"]) * windows / seconds,
-            "first_s": timed.first_s,
-            "work_device_mb": timed.work_device_mb,
-        }
-        parity = compare(timed.logits, bench.expected(candidates[name], mirror), _AGAINST)
-        row = Row(
-            name, candidates[name].precision, samples[name], parity, f"{PUBLISHED}{suffix}", details
-        )
-        table.add(row)
+        table.add(_row(table, bench, mirror, (candidates[name], timed), samples[name]))
+
+
+def _add_export(
+    table: Table, bench: _Bench, mirror: Mirror, what: tuple[str, Engine], rounds: int
+) -> None:
+    """The row of an exported file, of one mirroring."""
+    name, engine = what
+    name = f"{name}{_suffix(mirror)}"
+    predict = bench.by_runner(engine, mirror)
+    candidate = Candidate(name, engine.precision, predict, bench.starts, "exact")
+    timed = _Timed(predict, bench.image)
+    timed.work_device_mb = None  # PyTorch sees nothing of it
+    samples = interleave({name: timed}, rounds)[name]
+    table.add(_row(table, bench, mirror, (candidate, timed), samples))
+
+
+def _row(
+    table: Table,
+    bench: _Bench,
+    mirror: Mirror,
+    what: tuple[Candidate, _Timed],
+    samples: Sequence[Sample],
+) -> Row:
+    candidate, timed = what
+    windows = 2 ** len(MIRRORS[mirror]) * prod(map(len, candidate.starts))
+    seconds = float(np.median([sample["image"] for sample in samples]))
+    details: dict[str, Detail] = {
+        "ms_per_window": 1e3 * seconds / windows,
+        "tflop_per_s": 1e-3 * float(table.work["gflop"]) * windows / seconds,
+        "first_s": timed.first_s,
+        "work_device_mb": timed.work_device_mb,
+    }
+    parity = compare(timed.logits, bench.expected(candidate, mirror), _AGAINST)
+    baseline = f"{PUBLISHED}{_suffix(mirror)}"
+    return Row(candidate.name, candidate.precision, samples, parity, baseline, details)
+
+
+def _suffix(mirror: Mirror) -> str:
+    return "" if mirror == "none" else ", mirrored"
 
 
 def _forwards(bench: _Bench, modes: Sequence[str]) -> dict[str, Forward]:

@@ -12,7 +12,7 @@ import mome_sdk
 from mome_sdk.architecture import LEAKY_SLOPE, Architecture
 from mome_sdk.bundle import MODALITIES, ModelBundle, create_bundle
 from mome_sdk.errors import BundleError
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.graph import write_graph
 from mome_sdk.nifti import read_nifti
 from mome_sdk.preprocess.pipeline import prepare
 from mome_sdk.volume import Index3
@@ -58,7 +58,7 @@ def random_bundle(path: Path, architecture: Architecture, patch: Index3) -> Mode
         patch=patch,
         blend="exact",
         training=_SOURCE,
-        graph=write_onnx,
+        graph=write_graph,
     )
 
 

@@ -26,7 +26,7 @@ from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import MODALITIES, ModelBundle, check_tensors, create_bundle
 from mome_sdk.errors import BundleError, InputError
 
-from .onnx import write_onnx
+from .graph import write_graph
 
 SETS = ("best", "final", "latest")  # in this order of preference; the authors predict with "best"
 _DEEPEST = 3  # folders below the given one: dataset, trainer, fold
@@ -283,7 +283,7 @@ def _bundle_of(folder: Path, checkpoints: list[_Checkpoint], out: str | Path) ->
         classes=classes,
         mirror_axes=first.rest.get("inference_allowed_mirroring_axes") or (),
         licence="not stated in the checkpoint: see where it came from",
-        graph=write_onnx,
+        graph=write_graph,
     )
 
 
@@ -309,7 +309,7 @@ def _import_run(folder: Path, out: str | Path) -> ModelBundle:
             hint="Name, architecture, patch, modalities and training are expected.",
         ) from error
     return create_bundle(
-        out, architecture, tensors, blend="exact", graph=write_onnx, **fields, **optional
+        out, architecture, tensors, blend="exact", graph=write_graph, **fields, **optional
     )
 
 

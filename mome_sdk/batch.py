@@ -18,10 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from mome_sdk.bundle import ModelBundle
 from mome_sdk.cases import Case, draw_refusal
 from mome_sdk.errors import EngineError, InputError, MomeError
+from mome_sdk.exported import ExportedModel, load_model
 from mome_sdk.files import make_folders, remove_file, write_file
+from mome_sdk.model import Model
 from mome_sdk.results import Results, Row, state_of
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
@@ -80,13 +81,15 @@ def run(
         )
     call = inspect.signature(Segmenter).bind(**settings)
     call.apply_defaults()
-    bundle = ModelBundle.load(call.arguments["model"])
+    model = load_model(call.arguments["model"])
     wanted = {name: path is not None for name, path in cases[0].outputs.items()}
     options = {
         **{name: value for name, value in call.arguments.items() if name not in _NEUTRAL},
         **{name: wanted[name] for name in ("probability", "report")},
+        "precision": call.arguments["precision"] or model.precision,
         "force": force,
-        "bundle_sha256": bundle.sha256,
+        "bundle_sha256": model.sha256,
+        "export_sha256": model.export_sha256 if isinstance(model, ExportedModel) else None,
         "mome_sdk": version("mome-sdk"),
     }
     with Results(folder, options) as results:
@@ -103,7 +106,7 @@ def run(
         outcomes = (
             _in_actors(waiting, settings, ray, force=force)
             if ray
-            else _in_this_process(waiting, {**settings, "model": bundle}, force=force)
+            else _in_this_process(waiting, {**settings, "model": model}, force=force)
         )
         with contextlib.closing(outcomes):
             for outcome in outcomes:
@@ -130,7 +133,7 @@ def segment(
                 yield _failed(case, result.error)
 
 
-def _written(case: Case, segmentation: Segmentation, bundle: ModelBundle) -> Outcome:
+def _written(case: Case, segmentation: Segmentation, bundle: Model) -> Outcome:
     try:
         make_folders(case.mask.parent)
         case.save(segmentation, bundle)

@@ -7,38 +7,42 @@ and, for engines other than torch, model.onnx, whose initializers point into wei
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mome_sdk import _core
 from mome_sdk.architecture import Architecture
-from mome_sdk.container import ALIGNMENT, Member, members_of, published, unknown_file
+from mome_sdk.container import (
+    ALIGNMENT,
+    Member,
+    check_files,
+    listed,
+    manifest_text,
+    members_of,
+    published,
+)
 from mome_sdk.errors import BundleError
-from mome_sdk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, bad_manifest, checked_manifest
-from mome_sdk.nifti import NOTICE, read_nifti
-from mome_sdk.volume import Grid, Index3, Volume
+from mome_sdk.manifest import FORMAT, FORMAT_VERSION, MANIFEST, checked_manifest
+from mome_sdk.model import BRAIN_MASK, NOTICE_FILE, TEMPLATE, Blend, Model
+from mome_sdk.nifti import NOTICE
 
 WEIGHTS, GRAPH = "weights.safetensors", "model.onnx"
-TEMPLATE, BRAIN_MASK, NOTICE_FILE = "template.nii.gz", "brain_mask.nii.gz", "NOTICE"
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR", "DWI")  # experts 1..5 of the published set
 CLASSES = ("background", "lesion")
 
 _DATA = Path(__file__).resolve().parent / "data"
+EXAMPLE = _DATA / "example"  # flair.nii.gz, generated, and its lesion.nii.gz
 _REQUIRED = {WEIGHTS, TEMPLATE, BRAIN_MASK, NOTICE_FILE}
 _PADDING = "padding."
-_MOST_MANIFEST_BYTES = 1 << 20
 # The published crop [20:180, 20:216, 0:160] of the template, with the affine moved along.
 _MODEL_GRID = {
     "shape": [160, 196, 160],
@@ -46,29 +50,19 @@ _MODEL_GRID = {
 }
 _INTENDED_USE = f"Lesions in one brain MR image registered to MNI152, for research. {NOTICE}."
 
-Blend: TypeAlias = Literal["exact", "authors"]
 GraphWriter: TypeAlias = Callable[[Path, Architecture, Path], None]
 
 
 @dataclass(frozen=True, eq=False)
-class ModelBundle:
-    """A model that is known to be whole.
+class ModelBundle(Model):
+    """A model with its weights, known to be whole.
 
     Attributes:
-        path: The folder or zip it was loaded from.
-        manifest: bundle.json.
-        sha256: Of bundle.json, which holds the sha256 of every other member.
-        architecture: Sizes of the network.
         tensors: Name (`experts.{0..}.` or `gate.` + published name) -> float32, read-only, as views
             of mapped memory; shapes as `architecture.tensor_shapes()`.
     """
 
-    path: Path
-    manifest: Mapping[str, Any]
-    sha256: str
-    architecture: Architecture
     tensors: Mapping[str, NDArray[np.float32]]
-    _members: Mapping[str, Member]
 
     @classmethod
     def load(cls, path: str | Path) -> ModelBundle:
@@ -84,105 +78,24 @@ class ModelBundle:
                 `bundle.size`, `bundle.sha256`: a member was altered; `bundle.safetensors`,
                 `bundle.tensors`: the weights do not fit the architecture.
         """
-        path = _DATA / "demo" if str(path) == "demo" else Path(path).resolve()
+        path = bundle_path(path)
         members = members_of(path)
-        text = manifest_text(members)
+        text = manifest_text(members, MANIFEST)
         manifest, architecture = checked_manifest(text)
-        _check_members(members, manifest["files"])
+        check_files(members, manifest["files"], MANIFEST, required=_REQUIRED, optional={GRAPH})
         tensors = _checked_tensors(members[WEIGHTS], manifest, architecture)
         sha256 = hashlib.sha256(text).hexdigest()
-        return cls(path, manifest, sha256, architecture, tensors, members)
+        return cls(path, manifest, sha256, architecture, members, tensors)
 
     @property
-    def name(self) -> str:
-        """What the model is called."""
-        return str(self.manifest["name"])
-
-    @property
-    def licence(self) -> str:
-        """Terms of the weights."""
-        return str(self.manifest["licence"])
-
-    @property
-    def notice(self) -> str:
-        """What must be said with every result."""
-        return str(self.manifest["notice"])
-
-    @property
-    def patch(self) -> Index3:
-        """Window (D, H, W) in voxels."""
-        d, h, w = self.manifest["patch"]
-        return d, h, w
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size along D, H, W in mm."""
-        d, h, w = self.manifest["spacing_mm"]
-        return d, h, w
-
-    @property
-    def axes(self) -> str:
-        """Directions of D, H, W: "SAR"."""
-        return str(self.manifest["axes"])
-
-    @property
-    def blend(self) -> Blend:
-        """Window weights that the model is meant to run with."""
-        blend: Blend = self.manifest["blend"]
-        return blend
-
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """One per expert, in the experts' order."""
-        return tuple(self.manifest["modalities"])
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """One per logit; the first is the background."""
-        return tuple(self.manifest["classes"])
-
-    @property
-    def grid(self) -> Grid:
-        """The model grid: a box of the template, 1 mm, axes R, A, S."""
-        grid = self.manifest["grid"]
-        return Grid(tuple(grid["shape"]), np.array(grid["affine"], np.float64))
-
-    @cached_property
-    def template(self) -> Volume:
-        """T1 brain (uint8, 0..255) that the model's images are registered to, axes R, A, S."""
-        return self._image(TEMPLATE)
-
-    @cached_property
-    def brain_mask(self) -> Volume:
-        """1 in the brain of the template, else 0; uint8, the template's grid."""
-        return self._image(BRAIN_MASK)
+    def manifest(self) -> Mapping[str, Any]:
+        """bundle.json."""
+        return self.description
 
     @property
     def weights(self) -> Member:
         """Where the bytes of the weights lie: a file, or a part of a zip."""
         return self._members[WEIGHTS]
-
-    @contextlib.contextmanager
-    def files(self, *names: str) -> Iterator[Path]:
-        """A folder that holds these members as files until the block ends.
-
-        Of a zip they are copied to a temporary folder; what maps them may go on to do so.
-        """
-        missing = [name for name in names if name not in self._members]
-        if missing:
-            raise BundleError(
-                "bundle.missing-file",
-                f"{self.path} has no {missing[0]}.",
-                hint="Import the checkpoint again to get one.",
-            )
-        if self.path.is_dir():
-            yield self.path
-            return
-        with tempfile.TemporaryDirectory(prefix="mome-") as folder:
-            for name in names:
-                with (Path(folder) / name).open("wb") as file:
-                    file.writelines(self._members[name].chunks())
-            yield Path(folder)
 
     def save(self, path: str | Path) -> ModelBundle:
         """Copy the bundle, byte for byte, to a new folder or .zip; it is there whole or not at all.
@@ -197,10 +110,10 @@ class ModelBundle:
                     file.writelines(member.chunks())
         return ModelBundle.load(path)
 
-    def _image(self, name: str) -> Volume:
-        with self.files(name) as folder:
-            image = read_nifti(folder / name)
-        return Volume(image.array.astype(np.uint8), image.affine)
+
+def bundle_path(path: str | Path) -> Path:
+    """Where a bundle is that may be called "demo"."""
+    return _DATA / "demo" if str(path) == "demo" else Path(path).resolve()
 
 
 def create_bundle(
@@ -234,7 +147,7 @@ def create_bundle(
         mirror_axes: Axes of (D, H, W) that training mirrored.
         licence: Terms of the weights.
         notice: What must be said with every result.
-        graph: Writes model.onnx (`mome_sdk.export.onnx.write_onnx`); without it the bundle runs
+        graph: Writes model.onnx (`mome_sdk.export.graph.write_graph`); without it the bundle runs
             with the torch engine only.
 
     Raises:
@@ -267,10 +180,7 @@ def create_bundle(
             graph(folder / GRAPH, architecture, folder / WEIGHTS)
         for member in (TEMPLATE, BRAIN_MASK, NOTICE_FILE):
             shutil.copyfile(_DATA / "template" / member, folder / member)
-        manifest["files"] = {
-            member: {"bytes": place.size, "sha256": place.sha256()}
-            for member, place in sorted(members_of(folder).items())
-        }
+        manifest["files"] = listed(folder)
         text = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
         checked_manifest(text)
         (folder / MANIFEST).write_bytes(text)
@@ -337,54 +247,6 @@ def _weights_metadata(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The numbers that an engine needs, for one that reads the weights alone."""
     numbers = {key: json.dumps(manifest[key]) for key in ("architecture", "patch")}
     return {"format": f"{FORMAT}-{FORMAT_VERSION}", **numbers}
-
-
-def manifest_text(members: Mapping[str, Member]) -> bytes:
-    member = members.get(MANIFEST)
-    if member is None:
-        raise BundleError(
-            "bundle.not-a-bundle",
-            f"There is no {MANIFEST}.",
-            hint="Give the folder or .zip of a bundle; `mome import` makes one of a checkpoint.",
-        )
-    if member.size > _MOST_MANIFEST_BYTES:
-        raise bad_manifest(f"{MANIFEST} has {member.size} bytes", "At most 1 MiB")
-    return b"".join(member.chunks())
-
-
-def _check_members(members: Mapping[str, Member], files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare what is there with what the manifest says is there, to the last byte."""
-    for name in sorted(files.keys() - _REQUIRED - {GRAPH}):
-        raise unknown_file(name, MANIFEST)
-    for name in sorted(members.keys() - files.keys() - {MANIFEST}):
-        raise unknown_file(name, members[name].path.parent)
-    for name in sorted((_REQUIRED | files.keys()) - members.keys()):
-        raise BundleError(
-            "bundle.missing-file", f"{name} is missing.", hint="Copy the bundle again."
-        )
-    for name in sorted((_REQUIRED | files.keys()) - files.keys()):
-        raise bad_manifest(f"{MANIFEST} does not list {name}", "Every file with its sha256")
-    for name, entry in files.items():
-        if members[name].size != entry["bytes"]:
-            raise BundleError(
-                "bundle.size",
-                f"{name} has {members[name].size} bytes, {MANIFEST} says {entry['bytes']}.",
-                hint="It was cut off or altered: copy the bundle again.",
-            )
-        try:
-            found = members[name].sha256()
-        except OSError as error:
-            raise BundleError(
-                "bundle.unreadable",
-                f"{name} cannot be read: {error.strerror}.",
-                hint="Check its permissions.",
-            ) from error
-        if found != entry["sha256"]:
-            raise BundleError(
-                "bundle.sha256",
-                f"{name} has sha256 {found[:12]}..., {MANIFEST} says {entry['sha256'][:12]}...",
-                hint="It was altered: copy the bundle again.",
-            )
 
 
 def _checked_tensors(

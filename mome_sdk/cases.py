@@ -17,9 +17,9 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
-from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import InputError, MomeError, PreparationError
 from mome_sdk.files import check_writable, make_folder, make_folders, write_file
+from mome_sdk.model import Model
 from mome_sdk.nifti import read_nifti
 from mome_sdk.preprocess.align import Alignment
 from mome_sdk.report import picture, registration_picture, report
@@ -86,7 +86,7 @@ class Case:
         """The picture of what a check of the registration refused."""
         return self.mask.with_name(f"{_stem(self.mask)}_refused.png")
 
-    def save(self, segmentation: Segmentation, bundle: ModelBundle) -> None:
+    def save(self, segmentation: Segmentation, bundle: Model) -> None:
         """Write the files, each of them whole or not at all.
 
         Raises:
@@ -107,7 +107,7 @@ class Case:
             write_file(self.report, page.encode("utf-8", "backslashreplace"))
 
 
-def draw_refusal(error: MomeError, image: Path, path: Path, bundle: ModelBundle) -> None:
+def draw_refusal(error: MomeError, image: Path, path: Path, bundle: Model) -> None:
     """Draw what a check of the registration refused, and name the picture in the error.
 
     Nothing is drawn of other errors, or where the picture cannot be written: it is the check's

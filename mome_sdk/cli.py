@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,11 +22,13 @@ import numpy as np
 
 from mome_sdk import _core
 from mome_sdk.batch import run
-from mome_sdk.bundle import ModelBundle
+from mome_sdk.bundle import EXAMPLE, ModelBundle
 from mome_sdk.cases import Case, collected_cases, draw_refusal, is_collection, named_cases
-from mome_sdk.engines import ENGINES
+from mome_sdk.engines import ENGINES, RUNS
 from mome_sdk.errors import EngineError, InputError, MomeError, PreparationError, out_of_memory
+from mome_sdk.exported import ExportedModel, load_model, parity_line
 from mome_sdk.files import check_writable, make_folder
+from mome_sdk.model import Model
 from mome_sdk.nifti import NOTICE, read_nifti
 from mome_sdk.options import BENCH, COMMON, TRAINING, parser
 from mome_sdk.report import headline, lesion_table
@@ -40,7 +43,6 @@ _SETTINGS = (
     *("model", "engine", "device", "precision", "space", "registration", "mirror"),
     *("step", "blend", "batch", "threads"),
 )
-_EXAMPLE = Path(__file__).parent / "data" / "example"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -305,7 +307,7 @@ def _demo(options: argparse.Namespace) -> int:
     make_folder(folder)
     case = Case(
         "demo",
-        _EXAMPLE / "flair.nii.gz",
+        EXAMPLE / "flair.nii.gz",
         folder / "lesions.nii.gz",
         picture=folder / "lesions.png",
         report=folder / "lesions.html",
@@ -315,7 +317,7 @@ def _demo(options: argparse.Namespace) -> int:
     with Segmenter("demo") as segmenter, _Progress("demo") as progress:
         result = segmenter.predict(case.image, progress, shares=True)
     case.save(result, segmenter.bundle)
-    known = read_nifti(_EXAMPLE / "lesion.nii.gz").array > 0
+    known = read_nifti(EXAMPLE / "lesion.nii.gz").array > 0
     print(f"Demonstration model and generated example. {NOTICE}.\n")
     print(lesion_table(result.lesions))
     print(f"\nlesions  {len(result.lesions):>8}\nvolume   {result.volume_ml:>8.2f} mL")
@@ -339,36 +341,109 @@ def _dice(found: np.ndarray, known: np.ndarray) -> float:
 def _import(options: argparse.Namespace) -> int:
     with _needs_extra("export"):
         from mome_sdk.export.checkpoint import import_checkpoint
-    _print_bundle(import_checkpoint(options.folder, options.output, options.set))
+    _print_model(import_checkpoint(options.folder, options.output, options.set))
+    return DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    with _needs_extra("export"):
+        from mome_sdk.export.job import Aim
+        from mome_sdk.export.targets import TARGETS, check_export, export_bundle
+    making = (options.bundle, options.target, options.output)
+    if options.check is not None and making != (None, None, None):
+        raise InputError(
+            "argument.usage",
+            "--check stands beside what makes an export.",
+            hint="Give --check and a folder alone.",
+        )
+    if options.check is not None:
+        print(parity_line(check_export(options.check)))
+        return DONE
+    if None in making:
+        raise InputError(
+            "argument.usage",
+            "BUNDLE, --target and -o are needed to make an export.",
+            hint="See `mome export -h`.",
+        )
+    with _needs_extra("export"):
+        made = export_bundle(
+            ModelBundle.load(options.bundle),
+            options.output,
+            options.target,
+            precision=options.precision,
+            experts=options.experts,
+            batch=options.batch,
+            aim=None
+            if options.sm is None and options.timing_cache is None
+            else Aim(tuple(options.sm or ()), timing_cache=options.timing_cache),
+            progress=lambda stage: print(f"{options.target}: {stage}", file=sys.stderr, flush=True),
+        )
+    if caution := TARGETS[made.target].caution:
+        print(f"mome: caution: {caution}", file=sys.stderr)
+    print(f"{options.output}: {made.target}, {made.precision}, {made.experts} experts")
+    print(f"parity: {parity_line(made.manifest['parity'])}")
+    if made.manifest["fp32_tensors"]:
+        print(f"kept in fp32: {', '.join(made.manifest['fp32_tensors'])}")
     return DONE
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    _print_bundle(ModelBundle.load(options.path))
+    model = load_model(options.path)
+    _print_export(model) if isinstance(model, ExportedModel) else _print_model(model)
     return DONE
 
 
-def _print_bundle(bundle: ModelBundle) -> None:
-    architecture = bundle.architecture
-    rows = {
-        "name": bundle.name,
-        "path": bundle.path,
-        "sha256": bundle.sha256,
-        "modalities": ", ".join(bundle.modalities),
-        "classes": ", ".join(bundle.classes),
-        "features": ", ".join(str(n) for n in architecture.features),
-        "parameters": f"{sum(t.size for t in bundle.tensors.values()):,}",
-        "patch": " x ".join(str(n) for n in bundle.patch) + " voxels",
-        "spacing": " x ".join(f"{mm:g}" for mm in bundle.spacing_mm) + " mm",
-        "axes": bundle.axes,
-        "grid": " x ".join(str(n) for n in bundle.grid.shape) + " voxels",
-        "blend": bundle.blend,
-        "licence": bundle.licence,
-        "notice": bundle.notice,
-    }
+def _print_model(model: Model) -> None:
+    """What a bundle is, or the bundle of an export."""
+    architecture = model.architecture
+    weights = sum(prod(shape) for shape in architecture.tensor_shapes().values())
+    _print_rows(
+        {
+            "name": model.name,
+            "path": model.path,
+            "sha256": model.sha256,
+            "modalities": ", ".join(model.modalities),
+            "classes": ", ".join(model.classes),
+            "features": ", ".join(str(n) for n in architecture.features),
+            "parameters": f"{weights:,}",
+            "patch": " x ".join(str(n) for n in model.patch) + " voxels",
+            "spacing": " x ".join(f"{mm:g}" for mm in model.spacing_mm) + " mm",
+            "axes": model.axes,
+            "grid": " x ".join(str(n) for n in model.grid.shape) + " voxels",
+            "blend": model.blend,
+            "licence": model.licence,
+            "notice": model.notice,
+        }
+    )
+    print(f"{'training':<12}{json.dumps(model.description.get('training'), indent=2)}")
+
+
+def _print_export(model: ExportedModel) -> None:
+    """What an export is, then the bundle that it was made of."""
+    file, made = model.manifest["files"][model.file.name], model.manifest
+    kept = made["fp32_tensors"]
+    _print_rows(
+        {
+            "target": model.target,
+            "engines": ", ".join(RUNS.get(model.target, ())) or "none here",
+            "precision": model.precision,
+            "in fp32": ", ".join(kept) or ("all" if model.precision == "fp32" else "norms, fusion"),
+            "experts": model.experts,
+            "batch": "any" if model.batch is None else model.batch,
+            "parity": parity_line(made["parity"]),
+            "versions": ", ".join(f"{name} {which}" for name, which in made["versions"].items()),
+            "details": json.dumps(dict(model.details)),
+            model.file.name: f"{file['bytes']:,} bytes, sha256 {file['sha256']}",
+            "export.json": f"sha256 {model.export_sha256}",
+        }
+    )
+    print("of the bundle")
+    _print_model(model)
+
+
+def _print_rows(rows: Mapping[str, object]) -> None:
     for name, value in rows.items():
         print(f"{name:<12}{_one_line(value)}")
-    print(f"{'training':<12}{json.dumps(bundle.manifest.get('training'), indent=2)}")
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -380,7 +455,7 @@ def _doctor(_: argparse.Namespace) -> int:
     print(f"processor    {features or 'no instruction set that the core looks for'}")
     print(f"threads      {_core.default_threads()} (MOME_THREADS changes it)")
     for number, name in enumerate(_gpus()):
-        print(f"cuda:{number:<7} {name} (for the engine torch)")
+        print(f"cuda:{number:<7} {name} (for the engines torch and tensorrt)")
     print(f"gpu runner   {_cuda_state()}")
     for name in ENGINES:
         print(f"{name:<12} {_engine_state(name)}")
@@ -425,6 +500,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "demo": _demo,
     "predict": _predict,
     "import": _import,
+    "export": _export,
     "inspect": _inspect,
     "doctor": _doctor,
 }

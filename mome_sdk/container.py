@@ -11,15 +11,16 @@ import stat
 import struct
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mome_sdk.errors import BundleError, InputError
 
 ALIGNMENT = 64  # bytes, of every tensor: a cache line, and what AVX-512 loads at once
 _CHUNK = 1 << 20
+_MOST_MANIFEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,82 @@ def unknown_file(name: str, where: Path | str) -> BundleError:
     )
 
 
+def manifest_text(members: Mapping[str, Member], manifest: str) -> bytes:
+    """The bytes of the member that lists the others."""
+    member = members.get(manifest)
+    if member is None:
+        raise BundleError(
+            "bundle.not-a-bundle",
+            f"There is no {manifest}.",
+            hint="Give the folder or .zip of a bundle; `mome import` makes one of a checkpoint.",
+        )
+    if member.size > _MOST_MANIFEST_BYTES:
+        raise BundleError(
+            "bundle.manifest",
+            f"{manifest} has {member.size} bytes.",
+            hint="At most 1 MiB is expected: copy or make it again.",
+        )
+    return b"".join(member.chunks())
+
+
+def check_files(
+    members: Mapping[str, Member],
+    files: Mapping[str, Mapping[str, Any]],
+    manifest: str,
+    *,
+    required: Collection[str],
+    optional: Collection[str] = (),
+) -> None:
+    """Compare what is there with what the manifest says is there, to the last byte."""
+    for name in sorted(files.keys() - {*required, *optional}):
+        raise unknown_file(name, manifest)
+    for name in sorted(members.keys() - files.keys() - {manifest}):
+        raise unknown_file(name, members[name].path.parent)
+    for name in sorted({*required, *files} - members.keys()):
+        raise BundleError(
+            "bundle.missing-file", f"{name} is missing.", hint="Copy the bundle again."
+        )
+    for name in sorted(set(required) - files.keys()):
+        raise BundleError(
+            "bundle.manifest",
+            f"{manifest} does not list {name}.",
+            hint="Every file with its sha256 is expected: copy or make it again.",
+        )
+    for name, entry in files.items():
+        _check_file(name, members[name], entry, manifest)
+
+
+def listed(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file of a folder, as manifests list them."""
+    return {
+        name: {"bytes": member.size, "sha256": member.sha256()}
+        for name, member in sorted(members_of(folder).items())
+    }
+
+
+def _check_file(name: str, member: Member, entry: Mapping[str, Any], manifest: str) -> None:
+    if member.size != entry["bytes"]:
+        raise BundleError(
+            "bundle.size",
+            f"{name} has {member.size} bytes, {manifest} says {entry['bytes']}.",
+            hint="It was cut off or altered: copy the bundle again.",
+        )
+    try:
+        found = member.sha256()
+    except OSError as error:
+        raise BundleError(
+            "bundle.unreadable",
+            f"{name} cannot be read: {error.strerror}.",
+            hint="Check its permissions.",
+        ) from error
+    if found != entry["sha256"]:
+        raise BundleError(
+            "bundle.sha256",
+            f"{name} has sha256 {found[:12]}..., {manifest} says {entry['sha256'][:12]}...",
+            hint="It was altered: copy the bundle again.",
+        )
+
+
 @contextlib.contextmanager
 def published(path: Path) -> Iterator[Path]:
     """An empty folder to fill; at the end it becomes `path`, a folder or .zip, in one step."""
@@ -145,7 +222,7 @@ def published(path: Path) -> Iterator[Path]:
         raise InputError(
             "argument.output",
             f"{str(path)!r} exists already.",
-            hint="Give a path that is free; bundles are never overwritten.",
+            hint="Give a path that is free; nothing is overwritten.",
         )
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:

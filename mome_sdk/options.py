@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from mome_sdk.engines import ENGINES
 from mome_sdk.errors import InputError
+from mome_sdk.exported import ARTEFACTS, EXPERTS, PRECISIONS
 from mome_sdk.nifti import NOTICE
 from mome_sdk.preprocess.pipeline import SPACES
 from mome_sdk.preprocess.register import METHODS
@@ -82,12 +83,71 @@ def parser() -> argparse.ArgumentParser:
         choices=("best", "final", "latest"),
         help="the authors' set to take: best, final or latest (default: the first that is there)",
     )
-    inspect = add("inspect", "say what a bundle is: shapes, provenance, sha256")
-    inspect.add_argument("path", metavar="PATH", help="bundle folder or .zip, or demo")
+    _add_export_options(add("export", "compile a bundle for an engine, or check an export"))
+    inspect = add("inspect", "say what a bundle or an export is: shapes, sha256, parity")
+    inspect.add_argument("path", metavar="PATH", help="bundle or export folder, .zip, or demo")
     add("doctor", "say what this machine offers, what is missing and how to add it")
     for name, summary in {**TRAINING, **BENCH}.items():
         commands.add_parser(name, help=summary)
     return whole
+
+
+def _add_export_options(export: _Parser) -> None:
+    export.usage = "mome export BUNDLE --target NAME -o DIR [options], or mome export --check DIR"
+    option = export.add_argument
+    option("bundle", metavar="BUNDLE", nargs="?", help="bundle folder or .zip, or demo")
+    option(
+        "--target",
+        metavar="NAME",
+        choices=tuple(ARTEFACTS),
+        help=f"what to compile for: {', '.join(ARTEFACTS)}",
+    )
+    option("-o", "--output", metavar="DIR", type=Path, help="folder to write; it must not exist")
+    option(
+        "--precision",
+        metavar="NAME",
+        choices=PRECISIONS,
+        default="fp32",
+        help="fp32 (default); or fp16, with norms, fusion and what might overflow in fp32",
+    )
+    option(
+        "--experts",
+        metavar="NAME",
+        choices=EXPERTS,
+        default="grouped",
+        help="grouped (default): one network of grouped convolutions; separate: one after the "
+        "other. Which is faster depends on the GPU: measure both",
+    )
+    option(
+        "--batch",
+        type=int,
+        default=None,
+        metavar="N",
+        help="windows of every call (default: any number, but 1 for TensorRT)",
+    )
+    option(
+        "--sm",
+        type=int,
+        action="append",
+        default=None,
+        metavar="N",
+        help="for TensorRT: a compute capability that the plan must run on, 80 for an A100; may be "
+        "given several times (default: the GPU of this machine). TensorRT-RTX needs no GPU here",
+    )
+    option(
+        "--timing-cache",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="for the target tensorrt: keep here what was measured, so that the next plan for this "
+        "GPU takes less time",
+    )
+    option(
+        "--check",
+        metavar="DIR",
+        type=Path,
+        help="measure the parity of this export again, here; nothing is written",
+    )
 
 
 def _add_predict_options(predict: _Parser) -> None:
@@ -126,9 +186,9 @@ def _add_predict_options(predict: _Parser) -> None:
     )
     option(
         "--model",
-        metavar="BUNDLE",
+        metavar="MODEL",
         default="demo",
-        help="bundle folder or .zip (default: the bundled demonstration model)",
+        help="bundle folder or .zip, or export folder (default: the bundled demonstration model)",
     )
     option(
         "--space",
@@ -175,14 +235,15 @@ def _add_predict_options(predict: _Parser) -> None:
         "--device",
         metavar="NAME",
         default="cpu",
-        help="cpu (default), or cuda:0 with the torch engine",
+        help="cpu (default), or cuda:0 with the engines torch and tensorrt",
     )
     option(
         "--precision",
         metavar="NAME",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="fp32 (default), or bf16 where engine and processor have it",
+        choices=("fp32", "bf16", "fp16"),
+        default=None,
+        help="fp32 (default), bf16 where engine and processor have it, or fp16 with the torch "
+        "engine on cuda:0; an export has its own",
     )
     option(
         "--mirror",

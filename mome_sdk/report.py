@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from mome_sdk import _core
-from mome_sdk.bundle import ModelBundle
+from mome_sdk.model import Model
 from mome_sdk.nifti import NOTICE
 from mome_sdk.preprocess.intensity import background_of
 from mome_sdk.segmentation import Lesion, Segmentation
@@ -74,9 +74,7 @@ def picture(volume: Volume, segmentation: Segmentation) -> bytes:
     return _png(image, marks, box, _planes_through(mask, box), headline(segmentation))
 
 
-def registration_picture(
-    volume: Volume, to_template: NDArray[np.float64], bundle: ModelBundle
-) -> bytes:
+def registration_picture(volume: Volume, to_template: NDArray[np.float64], bundle: Model) -> bytes:
     """A PNG that shows whether a scan was registered rightly.
 
     Args:
@@ -320,6 +318,8 @@ def _registration_section(segmentation: Segmentation, png: bytes | None) -> str:
 def _shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(str(part) for part in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items())
     return "" if value is None else str(value)
 
 

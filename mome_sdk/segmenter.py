@@ -21,9 +21,10 @@ from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike, NDArray
 
 from mome_sdk import _core
-from mome_sdk.bundle import Blend, ModelBundle
 from mome_sdk.engines import Engine, open_engine
 from mome_sdk.errors import EngineError, InputError, MomeError, out_of_memory
+from mome_sdk.exported import ExportedModel, load_model
+from mome_sdk.model import Blend, Model
 from mome_sdk.nifti import Source, open_nifti, volume_of
 from mome_sdk.preprocess.align import Alignment, align, align_to
 from mome_sdk.preprocess.pipeline import SPACES, Prepared, Space, check_image, prepare, restore
@@ -71,10 +72,11 @@ class Segmenter:
     Threads may share one Segmenter: nothing in it changes after construction.
 
     Args:
-        model: "demo", the folder or .zip of a bundle, or a ModelBundle.
+        model: "demo", the folder or .zip of a bundle, an export folder, or one of these, loaded.
+            An export fixes the engines that can run it and the precision.
         engine: "auto" for the fastest engine present, the name of one, or an Engine of your own.
         device: "cpu", or "cuda:0" for an engine that has it.
-        precision: "fp32", or another that the engine has.
+        precision: "fp32", or another that the engine has; None takes that of the export, or fp32.
         space: Where the images are: "native", as the scanner made them, registered to the
             template here; "mni", in the template's space; both are resampled to the model's grid
             and the result goes back; "model", on the model's own grid already.
@@ -97,11 +99,11 @@ class Segmenter:
 
     def __init__(
         self,
-        model: str | Path | ModelBundle = "demo",
+        model: str | Path | Model = "demo",
         engine: str | Engine = "auto",
         *,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: str | None = None,
         space: Space = "native",
         registration: Method = "niimath",
         mirror: Mirror = "none",
@@ -114,7 +116,7 @@ class Segmenter:
         _check_choice("mirror", mirror, tuple(MIRRORS))
         _check_choice("registration", registration, METHODS)
         check_installed(registration)
-        self.bundle = model if isinstance(model, ModelBundle) else ModelBundle.load(model)
+        self.bundle = model if isinstance(model, Model) else load_model(model)
         self.space = space
         self.registration = registration
         self.mirror = mirror
@@ -130,7 +132,7 @@ class Segmenter:
         self.engine = (
             open_engine(self.bundle, engine, device=device, precision=precision, threads=threads)
             if isinstance(engine, str)
-            else _matching(engine, device, precision)
+            else _matching(engine, device, precision or self.bundle.precision)
         )
         self._open = True
 
@@ -378,6 +380,7 @@ class Segmenter:
             "mome_sdk": version("mome-sdk"),
             "bundle": self.bundle.name,
             "bundle_sha256": self.bundle.sha256,
+            "export": _export_of(self.bundle),
             "licence": self.bundle.licence,
             "notice": self.bundle.notice,
             "modalities": list(self.bundle.modalities),
@@ -435,6 +438,13 @@ def _mean_shares(
         for modality, part in zip(modalities, parts, strict=True):
             result[modality][region] = float(part.mean()) if part.size else None
     return result
+
+
+def _export_of(model: Model) -> dict[str, str] | None:
+    """What was compiled of the bundle, where an export runs."""
+    if not isinstance(model, ExportedModel):
+        return None
+    return {"target": model.target, "experts": model.experts, "sha256": model.export_sha256}
 
 
 def _matching(engine: Engine, device: str, precision: str) -> Engine:

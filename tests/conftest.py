@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import ModelBundle, create_bundle
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.graph import write_graph
+from mome_sdk.exported import ExportedModel
 from mome_sdk.segmenter import Segmenter
 from phantom import BrightEngine
 
@@ -82,8 +83,29 @@ def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
         patch=(16, 16, 16),
         blend="exact",
         training={"source": "random numbers"},
-        graph=write_onnx,
+        graph=write_graph,
     )
+
+
+@pytest.fixture(scope="session")
+def onnx_export(
+    tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory
+) -> ExportedModel:
+    """The tiny bundle for ONNX runtimes: float32, any batch."""
+    from mome_sdk.export.targets import export_bundle  # loads PyTorch, which few tests need
+
+    return export_bundle(tiny_bundle, tmp_path_factory.mktemp("exports") / "onnx", "onnx")
+
+
+@pytest.fixture(scope="session")
+def fp16_export(
+    tiny_bundle: ModelBundle, tmp_path_factory: pytest.TempPathFactory
+) -> ExportedModel:
+    """The same in half precision, two windows a call, experts apart."""
+    from mome_sdk.export.targets import export_bundle  # as above
+
+    out = tmp_path_factory.mktemp("exports") / "fp16"
+    return export_bundle(tiny_bundle, out, "onnx", precision="fp16", experts="separate", batch=2)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
-"""A head of nested ellipsoids with FreeSurfer label numbers, small enough to train on in a test."""
+"""A head of nested ellipsoids with FreeSurfer label numbers, and a training of seconds on it."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 
+from mome_sdk.architecture import Architecture
 from mome_sdk.nifti import write_nifti
+from mome_sdk.training.__main__ import DEMO_CONFIG
+from mome_sdk.training.config import GateConfig, JointConfig, TrainConfig, load_config
 from mome_sdk.volume import Volume
 
 # Radius as a share of the head -> label: outer CSF, cortex, white matter, ventricle
@@ -24,3 +28,22 @@ def write_labelmap(path: Path, shape: tuple[int, int, int] = (40, 44, 40)) -> No
     affine = np.eye(4)
     affine[:3, 3] = [-(size - 1) / 2 for size in shape]
     write_nifti(Volume(labels, affine), path)
+
+
+def tiny_config() -> TrainConfig:
+    """Every stage in two or three steps, of two experts, on the head `head`."""
+    demo = load_config(DEMO_CONFIG)
+    stage = dataclasses.replace(demo.experts, steps=2, small_steps=1, small_patch=(8, 8, 8))
+    return dataclasses.replace(
+        demo,
+        modalities=("T1", "FLAIR"),
+        patch=(16, 16, 16),
+        architecture=Architecture((2, 4, 4), (1, 2, 2), (1, 1, 1), (1, 1), experts=2),
+        data=dataclasses.replace(demo.data, train=("head",), held_out=("head",)),
+        loss=dataclasses.replace(demo.loss, levels=2),
+        experts=stage,
+        continued=stage,
+        gate=GateConfig(**dataclasses.asdict(stage), start="T1"),
+        joint=JointConfig(**{**dataclasses.asdict(stage), "steps": 3}, warm_up=1, gate_lr=1e-3),
+        warm_start={"FLAIR": ("T1", "FLAIR")},
+    )

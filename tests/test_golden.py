@@ -14,9 +14,12 @@ from safetensors.numpy import load_file
 from mome_sdk import ModelBundle, Segmenter, SlidingWindow, open_engine, read_nifti
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
-from mome_sdk.engines import ENGINES, Engine
+from mome_sdk.engines import RUNS, Engine
 from mome_sdk.export.checkpoint import import_checkpoint
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.fused import fused_network
+from mome_sdk.export.graph import write_graph
+from mome_sdk.export.parity import example_windows
+from mome_sdk.export.targets import export_bundle
 from mome_sdk.network import MoME
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -61,7 +64,7 @@ def bundle(tensors, tmp_path_factory) -> ModelBundle:
         patch=PATCH,
         blend="authors",
         training={},
-        graph=write_onnx,
+        graph=write_graph,
     )
 
 
@@ -70,7 +73,7 @@ def imported(tmp_path_factory) -> ModelBundle:
     return import_checkpoint(GOLDEN / "checkpoint", tmp_path_factory.mktemp("golden") / "set")
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=RUNS["bundle"])
 def engine(request, bundle) -> Engine:
     return open_engine(bundle, request.param, threads=1)
 
@@ -106,6 +109,37 @@ def test_encoders_are_the_authors(tensors):
             skips = expert.encoder(torch.from_numpy(golden["input"]))
             near(skips[0].numpy(), golden[f"expert{i}_first_stage"], 1e-4)
             near(skips[-1].numpy(), golden[f"expert{i}_bottleneck"], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["bundle", "imported"])
+def test_fused_networks_are_the_plain_one(name, request):
+    bundle = request.getfixturevalue(name)
+    image = torch.from_numpy(example_windows(bundle, bundle.patch, 1))
+    for dtype, limit in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        network = MoME(bundle.architecture).to(dtype)
+        network.load_state_dict({n: torch.tensor(t).to(dtype) for n, t in bundle.tensors.items()})
+        with torch.inference_mode():
+            expected = network(image.to(dtype)).fused[0]
+            for grouped in (True, False):
+                fused = fused_network(
+                    bundle.architecture, bundle.tensors, grouped=grouped, dtype=dtype
+                )
+                logits, _ = fused(image.to(dtype))
+                difference = (logits - expected).abs().max() / (expected.max() - expected.min())
+                assert float(difference) <= limit
+
+
+@pytest.mark.parametrize("target", ["torchscript", pytest.param("aoti", marks=pytest.mark.slow)])
+def test_programs_give_the_authors_patch(target, bundle, tmp_path):
+    made = export_bundle(bundle, tmp_path / target, target)
+    parity = made.manifest["parity"]
+    assert parity["where"] == "torch, cpu"
+    assert parity["max_of_range"] <= 1e-5
+    image = load_file(GOLDEN / "a" / "forward.safetensors")["input"]
+    expected = load_file(GOLDEN / "a" / "inference.safetensors")["patch_no_mirror"]
+    logits = np.empty_like(expected)
+    open_engine(made, "torch", threads=1).run(image, logits)
+    near(logits, expected, 1e-5 * float(np.ptp(expected)))
 
 
 def test_engine_gives_the_authors_patch(engine):
@@ -170,7 +204,7 @@ def logits_of(imported):
     return compute
 
 
-@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.mark.parametrize("engine_name", RUNS["bundle"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_imported_checkpoint_segments_like_the_authors_predictor(engine_name, variant, logits_of):
     golden = load_file(GOLDEN / "checkpoint" / "expected.safetensors")
@@ -187,7 +221,7 @@ def test_imported_checkpoint_mirrors_like_the_authors_predictor(variant, logits_
     near(logits_of("native", "mirror8", blend), golden[f"logits_mirror8_{variant}"], atol)
 
 
-@pytest.mark.parametrize("engine_name", [name for name in ENGINES if name != "torch"])
+@pytest.mark.parametrize("engine_name", [name for name in RUNS["bundle"] if name != "torch"])
 def test_engines_agree_within_a_ten_thousandth_of_the_logits_range(engine_name, logits_of):
     reference = logits_of("torch", "no_mirror", None)
     near(logits_of(engine_name, "no_mirror", None), reference, OF_RANGE * np.ptp(reference))

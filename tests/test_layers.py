@@ -26,7 +26,7 @@ FOLDERS = {
 # A module may import what stands before it; parts import no other part.
 DATA = (
     *("errors", "files", "architecture", "volume", "nifti", "segmentation"),
-    *("manifest", "container", "bundle", "network"),
+    *("manifest", "container", "model", "bundle", "exported", "network"),
 )
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
@@ -58,7 +58,7 @@ PUBLIC = {
     *("CaseResult", "Lesion", "MomeError", "read_nifti", "write_nifti"),
 }
 # Not scipy: where it is installed, nibabel loads it.
-HEAVY = ("torch", "openvino", "onnx", "pydicom", "ray")
+HEAVY = ("torch", "openvino", "onnx", "tensorrt", "tensorrt_rtx_bindings", "pydicom", "ray")
 
 
 class Import(NamedTuple):

@@ -21,6 +21,7 @@ from mome_sdk.training.__main__ import command_line
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
 GOLDEN = Path(__file__).parent / "golden"
+SMALL = Architecture((1, 1), (1, 2), (1, 1), (1,), experts=2)
 SHELL = [
     shlex.split(line, comments=True)
     for language, code in BLOCKS
@@ -43,8 +44,7 @@ def quick_demo(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     What that finds, and that it does, is tested in test_cli.py, test_install.py, test_real_data.py.
     """
     data = tmp_path_factory.mktemp("data")
-    small = Architecture((1, 1), (1, 2), (1, 1), (1,), experts=2)
-    random_bundle(data / "demo", small, (160, 196, 160))
+    random_bundle(data / "demo", SMALL, (160, 196, 160))
     (data / "template").symlink_to(bundle._DATA / "template")
     monkeypatch.setattr(bundle, "_DATA", data)
 
@@ -66,6 +66,8 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
         ("mome", "import"),
         ("cmake", "-S"),  # tests/csrc/test_embedding.py
         ("build/segment/segment", "mome.bundle"),
+        ("mome", "export"),
+        ("mome", "inspect"),
         ("mome", "train"),
         ("mome", "evaluate"),
         ("make", "bench"),  # as many of the suites as tests/benchmarks drives
@@ -85,7 +87,9 @@ def test_python_code_runs(code: str, scan: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_demo")
 @pytest.mark.parametrize(
-    "words", [w for w in SHELL if w[:3] == ["mome", "predict", "scan.nii.gz"]], ids=" ".join
+    "words",
+    [w for w in SHELL if w[:3] == ["mome", "predict", "scan.nii.gz"] and "--model" not in w],
+    ids=" ".join,
 )
 def test_predict_writes_mask_picture_and_report(words: list[str], scan: Path) -> None:
     assert main(words[1:]) == 0
@@ -104,6 +108,25 @@ def test_a_folder_of_scans_gives_a_table(scan: Path) -> None:
     assert {path.name for path in Path("results").iterdir()} == {
         *("scan.nii.gz", "manifest.jsonl", "results.csv")
     }
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("scan")
+def test_an_export_is_made_looked_at_and_used(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first block of its section, in order."""
+    random_bundle(Path("mome.bundle"), SMALL, (160, 196, 160))
+    block = [words for words in SHELL if "mome.onnx-fp16" in words]
+    assert [words[1] for words in block] == ["export", "inspect", "predict"]
+    for words in block:
+        assert main(words[1:]) == 0
+    assert "onnxruntime, fp16" in capsys.readouterr().out
+    assert Path("lesions.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("words", [w for w in SHELL if w[:2] == ["mome", "export"]], ids=" ".join)
+def test_export_commands_are_understood(words: list[str]) -> None:
+    options = parser().parse_args(words[1:])
+    assert options.check is not None or (options.target and options.output)
 
 
 @pytest.mark.parametrize("words", [w for w in SHELL if "--ray" in w], ids=" ".join)

@@ -112,7 +112,12 @@ def page() -> str:
         volume,
         expert_share=SHARES,
         timings={"network": 12.345},
-        provenance={"bundle": "<i>demo</i>", "mirror": "none", "patch": [64, 64, 64]},
+        provenance={
+            "bundle": "<i>demo</i>",
+            "mirror": "none",
+            "patch": [64, 64, 64],
+            "export": {"target": "onnx", "experts": "grouped"},
+        },
     )
     return report(result, picture(volume, result), title="<script>alert('1')</script> & co")
 
@@ -121,7 +126,8 @@ def test_the_report_holds_all_that_was_found(page: str) -> None:
     parsed = Page(page)
     assert parsed.open == []
     text = " ".join(parsed.text.split())
-    for part in (NOTICE, "-32.", "12.35 s", "64, 64, 64", "70.0 %", "mirror"):
+    shown = ("64, 64, 64", "70.0 %", "mirror", "target onnx, experts grouped")
+    for part in (NOTICE, "-32.", "12.35 s", *shown):
         assert part in text
 
 

@@ -9,13 +9,14 @@ from numpy.typing import NDArray
 
 from mome_sdk import _core
 from mome_sdk.bundle import ModelBundle
-from mome_sdk.engines import BundleEngine, check_cpu, closed, lacks_precision
+from mome_sdk.engines import ModelEngine, bundle_of, check_cpu, closed, lacks_precision
 from mome_sdk.errors import EngineError
+from mome_sdk.model import Model
 
 NAME = "native"
 
 
-class NativeEngine(BundleEngine):
+class NativeEngine(ModelEngine):
     """Runs in the C++ core, which the sliding window calls without coming back to Python.
 
     The weights stay in the bundle's file, mapped; each thread that runs at the same time has one
@@ -62,12 +63,12 @@ class NativeEngine(BundleEngine):
         return self.core
 
 
-def load(bundle: ModelBundle, *, device: str, precision: str, threads: int | None) -> NativeEngine:
+def load(model: Model, *, device: str, precision: str, threads: int | None) -> NativeEngine:
     """See `open_engine`; `engine.cpu`: MOME_CPU names what this processor lacks."""
     check_cpu(NAME, device)
     if precision != "fp32":
         raise lacks_precision(NAME, precision, "fp32")
-    return NativeEngine(bundle, threads)
+    return NativeEngine(bundle_of(model, NAME), threads)
 
 
 def _require_dense(*buffers: NDArray[np.float32] | None) -> None:

@@ -1,4 +1,4 @@
-"""The bundle's ONNX graph in OpenVINO, on Intel and AMD processors."""
+"""The ONNX graph of a bundle or an export in OpenVINO, on Intel and AMD processors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from mome_sdk import _core
-from mome_sdk.bundle import GRAPH, WEIGHTS, ModelBundle
-from mome_sdk.engines import BundleEngine, check_cpu, closed, lacks_precision, require_graph
+from mome_sdk.engines import ModelEngine, check_cpu, closed, graph_files, lacks_precision
 from mome_sdk.errors import EngineError
+from mome_sdk.model import Model
 
 NAME = "openvino"
 _HINTS = {"fp32": "f32", "bf16": "bf16"}
 
 
-class OpenVinoEngine(BundleEngine):
+class OpenVinoEngine(ModelEngine):
     """One compiled model and one request: calls from several threads take turns.
 
     A call uses all threads of the engine, so that requests side by side would gain nothing. The
@@ -28,8 +28,8 @@ class OpenVinoEngine(BundleEngine):
 
     name = NAME
 
-    def __init__(self, bundle: ModelBundle, precision: str, threads: int) -> None:
-        super().__init__(bundle)
+    def __init__(self, model: Model, precision: str, threads: int) -> None:
+        super().__init__(model)
         self.precision = precision
         settings = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
@@ -37,8 +37,9 @@ class OpenVinoEngine(BundleEngine):
             "NUM_STREAMS": 1,
         }
         core = ov.Core()
-        with bundle.files(GRAPH, WEIGHTS) as folder:
-            compiled = _compiled(core, folder / GRAPH, settings)
+        names = graph_files(model, NAME)
+        with model.files(*names) as folder:
+            compiled = _compiled(core, folder / names[0], settings)
         self._request: ov.InferRequest | None = compiled.create_infer_request()
         self._turn = threading.Lock()
 
@@ -66,17 +67,14 @@ class OpenVinoEngine(BundleEngine):
             self._request = None
 
 
-def load(
-    bundle: ModelBundle, *, device: str, precision: str, threads: int | None
-) -> OpenVinoEngine:
+def load(model: Model, *, device: str, precision: str, threads: int | None) -> OpenVinoEngine:
     """See `open_engine`. bf16 needs a processor that computes in it (AVX512_BF16 or AMX)."""
     check_cpu(NAME, device)
     able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     offered = ["fp32", *(["bf16"] if "BF16" in able else [])]
     if precision not in offered:
         raise lacks_precision(NAME, precision, ", ".join(offered))
-    require_graph(bundle, NAME)
-    return OpenVinoEngine(bundle, precision, threads or _core.default_threads())
+    return OpenVinoEngine(model, precision, threads or _core.default_threads())
 
 
 def _compiled(core: ov.Core, graph: Path, settings: dict[str, Any]) -> ov.CompiledModel:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import PreparationError
+from mome_sdk.model import Model
 from mome_sdk.preprocess import register, skull_strip
 from mome_sdk.preprocess.intensity import background_of
 from mome_sdk.preprocess.quality import NO_BRAIN, Problem, Quality, centre_mm, check_grid, judge
@@ -53,7 +53,7 @@ class Alignment:
 
 def align(
     scan: Volume,
-    bundle: ModelBundle,
+    bundle: Model,
     *,
     brain_mask: Volume | None = None,
     force: bool = False,
@@ -89,7 +89,7 @@ def align(
     return _checked(found, [unfit] if unfit else [], force=force, may_strip=brain is None)
 
 
-def align_to(reference: Alignment, scan: Volume, bundle: ModelBundle, *, force: bool) -> Alignment:
+def align_to(reference: Alignment, scan: Volume, bundle: Model, *, force: bool) -> Alignment:
     """The place of another scan of the same session, by its reference's registration.
 
     Raises:
@@ -109,7 +109,7 @@ def align_to(reference: Alignment, scan: Volume, bundle: ModelBundle, *, force: 
 
 def _best(
     scan: Volume,
-    bundle: ModelBundle,
+    bundle: Model,
     brain: Volume | None,
     source: str,
     method: register.Method,

@@ -8,8 +8,8 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import GeometryError, InputError
+from mome_sdk.model import Model
 from mome_sdk.preprocess.align import Alignment
 from mome_sdk.preprocess.intensity import background_of, check_intensities, head_of, normalise
 from mome_sdk.volume import Grid, Volume, inverse
@@ -47,7 +47,7 @@ class Prepared:
 
 def prepare(
     volume: Volume,
-    bundle: ModelBundle,
+    bundle: Model,
     space: Space,
     *,
     alignment: Alignment | None = None,
@@ -141,7 +141,7 @@ def _on_source(values: NDArray[np.float32], prepared: Prepared) -> NDArray[np.fl
 
 
 def _by_alignment(
-    volume: Volume, bundle: ModelBundle, alignment: Alignment
+    volume: Volume, bundle: Model, alignment: Alignment
 ) -> tuple[Volume, NDArray[np.bool_]]:
     """The brain on the model grid, background around it; and where it is.
 
@@ -160,7 +160,7 @@ def _by_alignment(
     return placed, brain
 
 
-def _on_template(volume: Volume, bundle: ModelBundle) -> tuple[Volume, NDArray[np.bool_]]:
+def _on_template(volume: Volume, bundle: Model) -> tuple[Volume, NDArray[np.bool_]]:
     """The image resampled to the model grid, after a check that the head is there."""
     grid = bundle.grid.reorient(bundle.axes)
     head = head_of(volume)
@@ -180,7 +180,7 @@ def _on_template(volume: Volume, bundle: ModelBundle) -> tuple[Volume, NDArray[n
     return volume.resample(grid, mode="linear", fill=background_of(volume)), brain
 
 
-def _as_it_is(volume: Volume, bundle: ModelBundle) -> tuple[Volume, NDArray[np.bool_]]:
+def _as_it_is(volume: Volume, bundle: Model) -> tuple[Volume, NDArray[np.bool_]]:
     """The image with the network's axes, after a check that it has the model's spacing."""
     turned = volume.reorient(bundle.axes)
     spacing, expected = turned.grid.spacing_mm, bundle.spacing_mm

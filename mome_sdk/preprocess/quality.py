@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mome_sdk.bundle import ModelBundle
+from mome_sdk.model import Model
 from mome_sdk.preprocess.intensity import background_of
 from mome_sdk.volume import Grid, Volume
 
@@ -104,7 +104,7 @@ def check_grid(grid: Grid) -> Problem | None:
     return None
 
 
-def judge(scan: Volume, to_template: NDArray[np.float64], bundle: ModelBundle) -> Quality:
+def judge(scan: Volume, to_template: NDArray[np.float64], bundle: Model) -> Quality:
     """Measure how well a scan lies on the template.
 
     Args:
@@ -147,7 +147,7 @@ class _Target(NamedTuple):
 
 
 @lru_cache(maxsize=2)
-def _target(bundle: ModelBundle) -> _Target:
+def _target(bundle: Model) -> _Target:
     brain = bundle.brain_mask.array != 0
     used = [np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
     box = tuple(slice(int(u[0]), int(u[-1]) + 1, _STEP_MM) for u in used)
@@ -161,7 +161,7 @@ def _target(bundle: ModelBundle) -> _Target:
     return _Target(Grid((i, j, k), affine), coarse, values, ml)
 
 
-def centre_mm(bundle: ModelBundle) -> NDArray[np.float64]:
+def centre_mm(bundle: Model) -> NDArray[np.float64]:
     """Middle of the template's brain, RAS mm."""
     target = _target(bundle)
     middle: NDArray[np.float64] = target.grid.to_mm(np.argwhere(target.brain).mean(axis=0))
@@ -198,7 +198,7 @@ def _tissue(values: NDArray[Any], background: float) -> NDArray[np.bool_]:
     return different
 
 
-def _overlap(there: Volume, background: float, bundle: ModelBundle) -> float:
+def _overlap(there: Volume, background: float, bundle: Model) -> float:
     """Dice of what is not background with the template's brain, on a grid with room around it."""
     mask = bundle.brain_mask
     affine = np.array(mask.affine)

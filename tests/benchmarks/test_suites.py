@@ -29,8 +29,9 @@ from mome_sdk.benchmarks.report import markdown, result
 from mome_sdk.benchmarks.worker import Worker
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.cli import main
-from mome_sdk.engines import ENGINES
+from mome_sdk.engines import RUNS
 from mome_sdk.errors import EngineError, MomeError
+from mome_sdk.export.targets import export_bundle
 
 SCHEMA = json.loads(
     (Path(mome_sdk.__file__).parent / "schemas" / "bench.schema.json").read_text("utf-8")
@@ -64,9 +65,9 @@ def checked(table: Table) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_engines(tiny_bundle: ModelBundle):
-    found = checked(engines.run(tiny_bundle, threads=1, rounds=2, only=list(ENGINES)))
+    found = checked(engines.run(tiny_bundle, threads=1, rounds=2, only=RUNS["bundle"]))
     rows = {row["name"]: row for row in found["rows"]}
-    assert set(rows) >= {f"{name} fp32" for name in ENGINES}
+    assert set(rows) >= {f"{name} fp32" for name in RUNS["bundle"]}
     assert rows["torch fp32"]["parity"]["max"] == 0.0
     for row in rows.values():
         assert len(row["seconds"]) == 2
@@ -183,13 +184,26 @@ def test_gpu_suite_on_cpu_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
     bundle = random_bundle(tmp_path / "x", WHOLE, (8, 8, 8))
-    table = gpu.run(bundle, device="cpu", rounds=1, modes=("default",), shape=(8, 13, 8))
+    export = partial(export_bundle, bundle, tmp_path / "ts", "torchscript", batch=3)
+    table = gpu.run(
+        bundle,
+        device="cpu",
+        rounds=1,
+        modes=("default",),
+        shape=(8, 13, 8),
+        exports={"an export": export, **gpu.plans(bundle, tmp_path / "plans")},
+    )
     found = checked(table)
-    assert found["missing"] == []
+    assert [row["name"] for row in found["missing"]] == [
+        f"TensorRT, {experts} experts, {batch} window{'s' if batch > 1 else ''} a call"
+        for experts in ("grouped", "separate")
+        for batch in (1, 2, 4, 8)
+    ]
     names = [row["name"] for row in found["rows"]]
     plain = [name for name in names if not name.endswith("mirrored")]
     assert plain[:2] == ["fp32 reference", "published predictor"]
-    assert len(plain) == 1 + 4 + 3
+    assert plain[-1] == "an export"
+    assert len(plain) == 1 + 4 + 3 + 1
     assert len(names) == 2 * len(plain)
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["fp32 reference"]["parity"]["rms"] < 1e-6

@@ -18,16 +18,18 @@ from conftest import random_tensors
 from mome_sdk import ModelBundle, SlidingWindow, open_engine
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import create_bundle
-from mome_sdk.engines import ENGINES, Engine
+from mome_sdk.engines import RUNS, Engine
+from mome_sdk.engines.torch import EagerNetwork
 from mome_sdk.errors import EngineError, InputError
-from mome_sdk.export.onnx import write_onnx
+from mome_sdk.export.graph import write_graph
 from mome_sdk.network import MoME, expert_shares
 
-PACKAGES = [name for name in ENGINES if name != "native"]  # engines that wrap one
+OF_BUNDLES = RUNS["bundle"]
+PACKAGES = [name for name in OF_BUNDLES if name != "native"]  # engines that wrap one
 ONE_EXPERT = Architecture((4, 8), (1, 2), (1, 1), (1,), classes=3, experts=1)
 
 
-@pytest.fixture(scope="module", params=ENGINES)
+@pytest.fixture(scope="module", params=OF_BUNDLES)
 def engine(request, tiny_bundle):
     engine = open_engine(tiny_bundle, request.param, threads=1)
     yield engine
@@ -80,7 +82,7 @@ def test_logits_do_not_depend_on_whether_shares_are_asked_for(engine):
 
 
 def test_engine_says_what_it_is(engine, tiny_bundle):
-    assert engine.name in ENGINES
+    assert engine.name in OF_BUNDLES
     assert (engine.device, engine.precision, engine.batch) == ("cpu", "fp32", None)
     architecture = tiny_bundle.architecture
     sizes = (architecture.in_channels, architecture.classes, architecture.experts)
@@ -120,7 +122,7 @@ def test_input_may_be_read_only(engine):
     np.testing.assert_array_equal(run(engine, image)[0], expected)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", OF_BUNDLES)
 def test_closed_engine_does_not_run(name, tiny_bundle):
     engine = open_engine(tiny_bundle, name, threads=1)
     engine.close()
@@ -161,7 +163,7 @@ def test_graph_that_a_backend_cannot_load_is_an_engine_error(tiny_bundle, tmp_pa
         assert caught.value.code == "engine.failed"
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", OF_BUNDLES)
 def test_zip_runs_like_the_folder(name, tiny_bundle, tmp_path):
     zipped = tiny_bundle.save(tmp_path / "tiny.zip")
     expected = run(open_engine(tiny_bundle, name, threads=1), windows())
@@ -169,7 +171,7 @@ def test_zip_runs_like_the_folder(name, tiny_bundle, tmp_path):
     np.testing.assert_array_equal(run(engine, windows())[0], expected[0])
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", OF_BUNDLES)
 def test_one_expert_runs_without_a_gate(name, tmp_path):
     bundle = create_bundle(
         tmp_path / "one",
@@ -181,7 +183,7 @@ def test_one_expert_runs_without_a_gate(name, tmp_path):
         training={},
         modalities=("MRI",),
         classes=("background", "oedema", "core"),
-        graph=write_onnx,
+        graph=write_graph,
     )
     image = windows(edges=(8, 8, 8))
     expected, _ = reference(bundle, image)
@@ -201,7 +203,7 @@ def test_runner_blends_shares_of_every_expert(tiny_bundle):
 
 
 def test_auto_is_the_first_that_is_installed(tiny_bundle, monkeypatch):
-    assert open_engine(tiny_bundle).name == next(iter(ENGINES)) == "native"
+    assert open_engine(tiny_bundle).name == next(iter(OF_BUNDLES)) == "native"
 
     def no_avx2(*_: object, **__: object) -> Engine:
         raise EngineError("engine.missing", "The engine native needs a processor with AVX2.")
@@ -233,7 +235,7 @@ def test_missing_package_names_the_command_that_adds_it(name, tiny_bundle, monke
     assert f'pip install "mome-sdk[{name}]"' in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", OF_BUNDLES)
 def test_device_that_is_not_there_is_refused(name, tiny_bundle):
     for device in ("cuda:7", "gpu"):
         with pytest.raises(EngineError) as caught:
@@ -241,7 +243,7 @@ def test_device_that_is_not_there_is_refused(name, tiny_bundle):
         assert caught.value.code == "engine.device"
 
 
-@pytest.mark.parametrize("name", ["auto", *ENGINES])
+@pytest.mark.parametrize("name", ["auto", *OF_BUNDLES])
 def test_precision_that_an_engine_lacks_is_refused(name, tiny_bundle):
     with pytest.raises(EngineError) as caught:
         open_engine(tiny_bundle, name, precision="fp16")
@@ -296,7 +298,7 @@ def test_what_stops_a_backend_is_an_engine_error(tiny_bundle):
 
 
 def test_running_out_of_memory_advises_a_smaller_batch(tiny_bundle, monkeypatch):
-    def exhausted(_: torch.Tensor) -> None:
+    def exhausted(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     engine = open_engine(tiny_bundle, "torch", threads=1)
@@ -321,6 +323,29 @@ def test_cuda_computes_the_network_in_float32(tiny_bundle):
     engine.run(*buffers, stream=stream.cuda_stream)
     stream.synchronize()
     np.testing.assert_array_equal(buffers[1].cpu().numpy(), logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device.")
+def test_cuda_computes_the_network_in_half_precision(tiny_bundle):
+    engine = open_engine(tiny_bundle, "torch", device="cuda:0", precision="fp16")
+    image = windows(2)
+    expected, _ = reference(tiny_bundle, image)
+    logits, _ = run(engine, image)
+    error = np.abs(logits - expected).max() / np.ptp(expected)
+    assert 1e-5 < error < 1e-2
+
+
+def test_half_precision_fuses_in_float32(tiny_bundle):
+    """What `cuda:0` runs, on the CPU's own half precision."""
+    network = EagerNetwork(tiny_bundle, "cpu", "fp16")
+    image = windows(2)
+    expected, _ = reference(tiny_bundle, image)
+    with torch.inference_mode():
+        logits, shares = network(torch.from_numpy(image), True)
+    assert logits.dtype == shares.dtype == torch.float32
+    error = np.abs(logits.numpy() - expected).max() / np.ptp(expected)
+    assert 1e-5 < error < 1e-2
 
 
 def test_torch_leaves_the_threads_of_the_process_alone(tiny_bundle):

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from labelmap import write_labelmap
+from labelmap import tiny_config, write_labelmap
 from mome_sdk.architecture import Architecture
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import BundleError, InputError
@@ -26,8 +26,7 @@ from mome_sdk.export.checkpoint import import_checkpoint
 from mome_sdk.network import MoME, UNet
 from mome_sdk.segmenter import Segmenter
 from mome_sdk.training import train as training
-from mome_sdk.training.__main__ import DEMO_CONFIG
-from mome_sdk.training.config import GateConfig, JointConfig, TrainConfig, load_config
+from mome_sdk.training.config import TrainConfig
 from mome_sdk.training.losses import curriculum_loss, level_weights
 from mome_sdk.training.patches import load_anatomies, patch_source
 
@@ -36,21 +35,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "a"
 
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
-    demo = load_config(DEMO_CONFIG)
-    stage = dataclasses.replace(demo.experts, steps=2, small_steps=1, small_patch=(8, 8, 8))
-    return dataclasses.replace(
-        demo,
-        modalities=("T1", "FLAIR"),
-        patch=(16, 16, 16),
-        architecture=Architecture((2, 4, 4), (1, 2, 2), (1, 1, 1), (1, 1), experts=2),
-        data=dataclasses.replace(demo.data, train=("head",), held_out=("head",)),
-        loss=dataclasses.replace(demo.loss, levels=2),
-        experts=stage,
-        continued=stage,
-        gate=GateConfig(**dataclasses.asdict(stage), start="T1"),
-        joint=JointConfig(**{**dataclasses.asdict(stage), "steps": 3}, warm_up=1, gate_lr=1e-3),
-        warm_start={"FLAIR": ("T1", "FLAIR")},
-    )
+    return tiny_config()
 
 
 @pytest.fixture(scope="module")
