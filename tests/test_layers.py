@@ -30,7 +30,7 @@ DATA = (
 )
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
-SERVICE = ("report", "cases", "results", "batch", "pacs", "options", "cli", "__main__")
+SERVICE = ("report", "cases", "results", "batch", "study", "pacs", "options", "cli", "__main__")
 OUTSIDE = ("export", "training", "benchmarks")
 ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
 
@@ -47,6 +47,14 @@ LIBRARIES = {
     "engines.openvino": {"openvino"},
     "preprocess.register": {"nibabel", "niimath", "SimpleITK", "ants"},
     "preprocess.skull_strip": {"nibabel", "deepbet"},
+    "dicom.parse": {"pydicom"},
+    "dicom.series": {"pydicom"},
+    "dicom.classify": {"tomli"},
+    "dicom.codes": {"pydicom", "highdicom"},
+    "dicom.objects": {"pydicom", "highdicom"},
+    "dicom.seg": {"highdicom"},
+    "dicom.report": {"pydicom", "highdicom"},
+    "dicom.capture": {"highdicom", "PIL"},
     "report": {"PIL"},
     "cases": {"nibabel"},
     "batch": {"ray"},
@@ -58,7 +66,7 @@ PUBLIC = {
     *("CaseResult", "Lesion", "MomeError", "read_nifti", "write_nifti"),
 }
 # Not scipy: where it is installed, nibabel loads it.
-HEAVY = ("torch", "openvino", "onnx", "pydicom", "ray")
+HEAVY = ("torch", "openvino", "onnx", "pydicom", "highdicom", "ray")
 
 
 class Import(NamedTuple):
