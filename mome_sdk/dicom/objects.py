@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -136,11 +137,12 @@ def frame_headers(series: Series) -> list[Dataset]:
     if not series.multiframe:
         headers = []
         for frame in series.frames:
-            header = Dataset(frame.header)
+            header = _copy(frame.header, "ImageOrientationPatient")
             header.ImageOrientationPatient = cosines
-            headers.append(_with_type_2(header))
+            headers.append(header)
         return headers
-    header = _with_type_2(Dataset(series.header))
+    groups = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+    header = _copy(series.header, "NumberOfFrames", *groups)
     header.NumberOfFrames = len(series.frames)
     shared, first = Dataset(), series.frames[0].values
     orientation, measures = Dataset(), Dataset()
@@ -162,25 +164,33 @@ def _position_group(values: Mapping[str, Any]) -> Dataset:
     return group
 
 
-def _with_type_2(header: Dataset) -> Dataset:
-    """Add, empty, what every image has to have, so that results can repeat it."""
+def _copy(header: Dataset, *without: str) -> Dataset:
+    """A copy of a header, which shares its elements, but for those that the caller will set.
+
+    What every image has to have is added, empty, so that results can repeat it.
+    """
+    copy = Dataset()
+    for element in header:
+        if element.keyword not in without:
+            copy.add(element)
     for keyword in (
         *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate"),
         *("StudyTime", "AccessionNumber", "ReferringPhysicianName", "PositionReferenceIndicator"),
     ):
-        if keyword not in header:
-            setattr(header, keyword, None)
-    return header
+        if keyword not in copy:
+            setattr(copy, keyword, None)
+    return copy
 
 
 @contextmanager
 def building(what: str) -> Iterator[None]:
     """While an object is made: what the source's header holds is repeated as it is.
 
-    pydicom would warn of values that break a rule, and quote them. Whatever it or highdicom raises
-    becomes `dicom.build`.
+    pydicom and highdicom would warn of values that break a rule, and quote them: a patient's name
+    without "^" is enough. Whatever they raise becomes `dicom.build`.
     """
-    with _SETTINGS_LOCK, config.disable_value_validation():
+    with _SETTINGS_LOCK, config.disable_value_validation(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             yield
         except (DicomError, GeometryError):

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 from pydicom import Dataset, config, dcmread
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.filereader import read_file_meta_info
 from pydicom.multival import MultiValue
 from pydicom.pixels.utils import iter_pixels
@@ -376,6 +376,8 @@ def _elements(dataset: Dataset, limits: Limits, depth: int = 0) -> Elements:
     found: Elements = []
     for tag in sorted(_TAGS.intersection(dataset.keys())):
         element = dataset[tag]
+        if dictionary_VR(tag) != element.VR:
+            raise TypeError("the element has another type than the standard gives it")
         if isinstance(element.value, Items):
             most = limits.frames if depth == 0 else _MOST_VALUES
             if depth == _MOST_DEPTH or len(element.value) > most:
@@ -394,9 +396,9 @@ def _json_value(value: Any) -> Any:
         return [_json_value(part) for part in value]
     if value is None:
         return ""
+    if isinstance(value, int | float) and not math.isfinite(value):
+        raise ValueError("a number is expected")
     if type(value) in (int, float):
-        if not math.isfinite(value):
-            raise ValueError("a number is expected")
         return value
     if isinstance(value, bytes):
         raise TypeError("text is expected")

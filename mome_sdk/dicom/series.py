@@ -184,7 +184,7 @@ def open_study(source: Path | Sequence[Path], *, limits: Limits | None = None) -
         if not frames:
             raise DicomError(
                 "dicom.no-image",
-                f"None of {answer['others']} files is a DICOM file with an MR image.",
+                f"Of {answer['others']} files none is a DICOM file with an MR image.",
                 hint="MR Image Storage and Enhanced MR Image Storage are read.",
             )
         _check_one_study(frames)
@@ -362,7 +362,8 @@ def _orientations(frames: Sequence[Frame]) -> list[int]:
     known: list[NDArray[np.float64]] = []
     numbers = []
     for frame in frames:
-        cosines = _floats(frame.values.get("ImageOrientationPatient"), 6)
+        # Slices without one are of one kind, too: checked_series names them.
+        cosines = np.nan_to_num(_floats(frame.values.get("ImageOrientationPatient"), 6), nan=9.0)
         off = [float(np.abs(other - cosines).max()) for other in known]
         alike = [number for number, error in enumerate(off) if error <= _COSINE_TOLERANCE]
         if not alike:
@@ -393,9 +394,10 @@ def _facts(frames: Sequence[Frame], *, orientations: int) -> dict[str, Any]:
     RepetitionTime, InversionTime (ms), FlipAngle (degrees), BValue (s/mm^2): numbers. Trace: the
     diffusion weighting has no direction. Contrast: an agent is named, or a volume of it.
     Acquisition: 2D or 3D. AcquisitionContrast, BodyPart: as the header has them. Text:
-    description, protocol and sequence name in lower case. Slices: frames. CoverageMm: the shortest side of the box of the slices. Orientations: in the series.
-    VoxelMm3. SeriesNumber. Time: of acquisition. LaterCopy, which `_stacks` adds: the study holds
-    the same kind of image from before.
+    description, protocol and sequence name in lower case. Slices: frames. CoverageMm: the shortest
+    side of the box of the slices. Orientations: in the series. VoxelMm3. SeriesNumber. Time: of
+    acquisition. LaterCopy, which `_stacks` adds: the study holds the same kind of image from
+    before.
     """
     values = frames[0].values
     scanning = _texts(values, "ScanningSequence")
