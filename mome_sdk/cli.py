@@ -458,6 +458,7 @@ def _doctor(_: argparse.Namespace) -> int:
         print(f"cuda:{number:<7} {name} (for the engine torch)")
     for name in ENGINES:
         print(f"{name:<12} {_engine_state(name)}")
+    print(f"dicom        {_dicom_state()}")
     try:
         print(f"demo model   {ModelBundle.load('demo').sha256[:12]}, complete")
     except MomeError as error:
@@ -476,6 +477,14 @@ def _engine_state(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return f'missing: pip install "mome-sdk[{name}]"'
+
+
+def _dicom_state() -> str:
+    """Versions of what reads and writes DICOM, or what would add it."""
+    try:
+        return ", ".join(f"{name} {version(name)}" for name in ("pydicom", "highdicom"))
+    except PackageNotFoundError:
+        return 'missing: pip install "mome-sdk[dicom]"'
 
 
 def _gpus() -> list[str]:

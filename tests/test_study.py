@@ -43,9 +43,7 @@ def study(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def predict(
-    whole_head_bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., int]:
+def predict(whole_head_bundle: ModelBundle, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """`mome predict` in this process, with an engine that calls bright voxels lesion."""
 
     def made(*_: object, **__: object) -> Segmenter:

@@ -80,6 +80,7 @@ _PRIVATE_B = (
     (0x20010010, "Philips Imaging DD 001", 0x20011003),
 )
 _UIDS = ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+_NUMBERS = ("DS", "IS", "FD", "FL", "US", "SS", "UL", "SL")
 _MOST_TEXT = 1024
 _MOST_VALUES = 64
 _MOST_DEPTH = 4
@@ -308,10 +309,16 @@ def _is_uid(text: object) -> bool:
 def _check_uids(dataset: Dataset) -> None:
     named = [*_UIDS, *(name for name in ("FrameOfReferenceUID",) if dataset.get(name))]
     for name in named:
-        if not _is_uid(dataset.get(name, "")):
+        if not dataset.get(name):
+            raise DicomError(
+                "dicom.damaged",
+                f"it has no {name}.",
+                hint="The file is cut off or damaged: send or copy it again, or leave it out.",
+            )
+        if not _is_uid(dataset[name].value):
             raise DicomError(
                 "dicom.uid",
-                f"its {name} is missing or is no UID.",
+                f"its {name} is no UID.",
                 hint="1 to 64 digits and full stops are expected: the file is damaged or hostile.",
             )
 
@@ -384,18 +391,22 @@ def _elements(dataset: Dataset, limits: Limits, depth: int = 0) -> Elements:
                 raise _over("depth", "its sequences are deeper or longer", f"{most} items")
             value: Any = [_elements(item, limits, depth + 1) for item in element.value]
         else:
-            value = _json_value(element.value)
+            value = _json_value(element.value, number=element.VR in _NUMBERS)
+            if int(tag) in _NAMES and "\ufffd" in str(value):
+                raise ValueError("a text in the character set that the header names is expected")
         found.append([int(tag), str(element.VR), value])
     return found
 
 
-def _json_value(value: Any) -> Any:
+def _json_value(value: Any, *, number: bool) -> Any:
     if isinstance(value, MultiValue | list):
         if len(value) > _MOST_VALUES:
             raise _over("depth", f"an element has {len(value)} values", f"{_MOST_VALUES}")
-        return [_json_value(part) for part in value]
-    if value is None:
+        return [_json_value(part, number=number) for part in value]
+    if value is None or value == "":
         return ""
+    if number and not isinstance(value, int | float):
+        raise TypeError("a number is expected")
     if isinstance(value, int | float) and not math.isfinite(value):
         raise ValueError("a number is expected")
     if type(value) in (int, float):
@@ -430,5 +441,7 @@ def _tag(keyword: str) -> int:
     return tag
 
 
+# What a result must not repeat wrongly.
+_NAMES = {_tag("PatientName"), _tag("PatientID")}
 _TAGS = {Tag(_tag(keyword)) for keyword in _KEPT}
 _PRIVATE_TAGS = [Tag(tag) for creator, _, tag in _PRIVATE_B for tag in (creator, tag)]

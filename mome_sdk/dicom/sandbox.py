@@ -65,22 +65,21 @@ def run_limited(task: str, folder: Path, limits: Limits, **request: Any) -> dict
     code = "from mome_sdk.dicom.parse import main; main()"
     # One thread: every further one of the linear algebra takes address space, and none is used.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code],
         cwd=folder,
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-    )
-    try:
-        # Twice the processor time: waiting for a slow disk is no attack.
-        answer, _ = process.communicate(said.encode(), timeout=2 * limits.seconds)
-    except subprocess.TimeoutExpired as error:
-        raise _out_of_time(limits) from error
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            # Twice the processor time: waiting for a slow disk is no attack.
+            answer, _ = process.communicate(said.encode(), timeout=2 * limits.seconds)
+        except subprocess.TimeoutExpired as error:
+            raise _out_of_time(limits) from error
+        finally:
+            process.kill()
     if process.returncode == -signal.SIGXCPU:
         raise _out_of_time(limits)
     if process.returncode != 0:

@@ -137,25 +137,20 @@ class Study:
                 `dicom.limit-*`.
         """
         columns, rows, count = series.grid.shape
-        output = f"{series.label.split()[-1].strip('()')}.f32"
+        output = self._folder / "pixels.f32"
         frames = [
             [str(frame.path), frame.number, *_rescaling(frame, series.label)]
             for frame in series.frames
         ]
+        size = {"rows": rows, "columns": columns, "output": output.name}
         try:
-            run_limited(
-                *("decode", self._folder, self._limits),
-                frames=frames,
-                rows=rows,
-                columns=columns,
-                output=output,
-            )
-            array = np.fromfile(self._folder / output, "<f4").reshape(count, rows, columns)
+            run_limited("decode", self._folder, self._limits, frames=frames, **size)
+            array = np.fromfile(output, "<f4").reshape(count, rows, columns)
         except DicomError as error:
             text = f"{series.label}: {error.message}"
             raise DicomError(error.code, text, hint=error.hint) from error
         finally:
-            (self._folder / output).unlink(missing_ok=True)
+            output.unlink(missing_ok=True)
         return Volume(array.transpose(2, 1, 0), series.grid.affine)
 
 
@@ -178,17 +173,30 @@ def open_study(source: Path | Sequence[Path], *, limits: Limits | None = None) -
     files, archive = _files_of(source)
     with tempfile.TemporaryDirectory(prefix="mome-dicom-") as name:
         answer = run_limited("scan", Path(name), limits, files=files, archive=archive)
-        frames: list[Frame] = []
-        for instance in answer["instances"]:
-            frames += _frames(Path(name, instance["path"]), _dataset(instance["elements"]))
-        if not frames:
+        yield Study(_stacks(_all_frames(answer, Path(name))), answer["others"], Path(name), limits)
+
+
+def _all_frames(answer: Mapping[str, Any], folder: Path) -> list[Frame]:
+    """The frames of all images that the other process found; they are of one study."""
+    frames: list[Frame] = []
+    for instance in answer["instances"]:
+        try:
+            frames += _frames(folder / instance["path"], _dataset(instance["elements"]))
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise DicomError(
-                "dicom.no-image",
-                f"Of {answer['others']} files none is a DICOM file with an MR image.",
-                hint="MR Image Storage and Enhanced MR Image Storage are read.",
-            )
-        _check_one_study(frames)
-        yield Study(_stacks(frames), answer["others"], Path(name), limits)
+                "dicom.damaged",
+                f"An image has an element that is not what the standard says "
+                f"({type(error).__name__}).",
+                hint="A file is damaged: send or copy it again.",
+            ) from error
+    if not frames:
+        raise DicomError(
+            "dicom.no-image",
+            f"Of {answer['others']} files none is a DICOM file with an MR image.",
+            hint="MR Image Storage and Enhanced MR Image Storage are read.",
+        )
+    _check_one_study(frames)
+    return frames
 
 
 def checked_series(stack: Stack, *, modality: str, reasons: Sequence[str]) -> Series:
@@ -537,21 +545,21 @@ def _check_spacing(label: str, positions: NDArray[Any], normal: NDArray[Any], fi
     count = len(positions)
     gaps = np.diff(positions @ normal)
     usual = float(np.sort(gaps)[(len(gaps) - 1) // 2])
-    for index, gap in enumerate(gaps):
-        names = f"{label}: Slices {index + 1} and {index + 2} of {count}"
-        if gap < _SAME_PLACE_MM:
-            raise GeometryError(
-                "dicom.slice-duplicate",
-                f"{names} are at the same place.",
-                hint="One slice for each place is expected: the series holds several volumes that "
-                "its headers do not tell apart, or copies.",
-            )
-        if gap > 1.5 * usual:
-            raise GeometryError(
-                "dicom.slice-gap",
-                f"{names} are {gap:.2f} mm apart, the others {usual:.2f} mm.",
-                hint="A slice is missing: send the series again.",
-            )
+    closest, widest = int(gaps.argmin()), int(gaps.argmax())
+    if gaps[closest] < _SAME_PLACE_MM:
+        raise GeometryError(
+            "dicom.slice-duplicate",
+            f"{label}: Slices {closest + 1} and {closest + 2} of {count} are at the same place.",
+            hint="One slice for each place is expected: the series holds several volumes that its "
+            "headers do not tell apart, or copies.",
+        )
+    if gaps[widest] > 1.5 * usual:
+        raise GeometryError(
+            "dicom.slice-gap",
+            f"{label}: Slices {widest + 1} and {widest + 2} of {count} are {gaps[widest]:.2f} mm "
+            f"apart, the others {usual:.2f} mm.",
+            hint="A slice is missing: send the series again.",
+        )
     step = (positions[-1] - positions[0]) / (count - 1)
     _check_announced(label, usual, first)
     even = positions[0] + np.arange(count)[:, np.newaxis] * step

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+from pydicom import config
 
-from dicom_files import classic, save
+from dicom_files import classic, save, turned
+from mome_sdk.dicom import parse
 from mome_sdk.dicom.classify import choose, load_rules
-from mome_sdk.dicom.series import Series, checked_series, open_study
+from mome_sdk.dicom.sandbox import Limits
+from mome_sdk.dicom.series import checked_series, open_study
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.study import Chosen
 from mome_sdk.volume import Volume
@@ -25,8 +28,6 @@ PROVENANCE = {
     **{"mome_sdk": "0.1.0", "bundle": "test", "bundle_sha256": "ab" * 32, "engine": "bright"},
     **{"classes": ["background", "lesion"], "space": "mni", "precision": "fp32", "threads": 2},
 }
-
-Judge = Callable[..., Any]
 
 
 def read(source: Any, wanted: str = "auto") -> Chosen:
@@ -46,8 +47,6 @@ def bright(volume: Volume, **more: Any) -> Segmentation:
 @pytest.fixture(scope="session")
 def oblique(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Volume]:
     """A FLAIR series of 32 tilted slices with one lesion, and the volume it was made from."""
-    from dicom_files import turned
-
     volume = phantom(where=turned(grid(5.0).reorient("LPS"), 20.0, (1.0, 2.0, 0.5)))
     folder = tmp_path_factory.mktemp("oblique")
     save(classic(volume), folder)
@@ -58,11 +57,6 @@ def oblique(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Volume]:
 def chosen(oblique: tuple[Path, Volume]) -> Chosen:
     """The same, read."""
     return read(oblique[0])
-
-
-@pytest.fixture
-def series(chosen: Chosen) -> Series:
-    return chosen.series
 
 
 @pytest.fixture(scope="session")
@@ -109,6 +103,20 @@ def dcmqi() -> Callable[[Path, Path], list[nib.Nifti1Image]]:
         return [nib.load(path) for path in paths]
 
     return judge
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tasks on files without a process for each; starting one takes longer than a small series."""
+
+    def direct(task: str, folder: Path, limits: Limits, **request: Any) -> dict[str, Any]:
+        if "output" in request:
+            request["output"] = str(folder / request["output"])
+        return parse.TASKS[task](limits=limits, **request)
+
+    monkeypatch.setattr("mome_sdk.dicom.series.run_limited", direct)
+    with config.disable_value_validation():
+        yield
 
 
 def world_mean(image: nib.Nifti1Image, above: float) -> np.ndarray[Any, Any]:

@@ -21,6 +21,8 @@ from mome_sdk.dicom.series import FACTS, Stack, open_study
 from mome_sdk.errors import DicomError, InputError
 from phantom import grid, phantom
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
 VOLUME = phantom(where=grid(8.0).reorient("LPS"))
 
 
@@ -57,7 +59,9 @@ def whole_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made = classic(VOLUME, protocol, number=number)
         if protocol == "localizer":
             made = made[:3]
-            for image, cosines in zip(made, ((1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1)), strict=False):
+            for image, cosines in zip(
+                made, ((1, 0, 0, 0, 1, 0), (0, 1, 0, 0, 0, -1)), strict=False
+            ):
                 image.ImageOrientationPatient = [str(c) for c in cosines]
         images += made
     for k, image in enumerate(classic(VOLUME, "b0", number=5)):
@@ -117,7 +121,15 @@ T1_TIMES = {"EchoTime": 3.0, "RepetitionTime": 2300.0, "InversionTime": 900.0}
         ({**T1_TIMES, "Text": "t1 post", "LaterCopy": True}, "T1ce"),
         ({**T1_TIMES, "Text": "t1 post"}, "T1"),
         ({**T1_TIMES, "Text": "t1 pre gd", "Contrast": True}, "T1"),
-        ({"EchoTime": 24.0, "RepetitionTime": 2000.0, "InversionTime": 860.0, "Text": "t1 flair"}, "T1"),
+        (
+            {
+                "EchoTime": 24.0,
+                "RepetitionTime": 2000.0,
+                "InversionTime": 860.0,
+                "Text": "t1 flair",
+            },
+            "T1",
+        ),
         ({"EchoTime": 100.0, "RepetitionTime": 5000.0}, "T2"),
         ({"EchoTime": 388.0, "RepetitionTime": 5000.0, "InversionTime": 1650.0}, "FLAIR"),
         ({"EchoTime": 120.0, "RepetitionTime": 9000.0, "Text": "ax flair"}, "FLAIR"),
@@ -141,7 +153,9 @@ T1_TIMES = {"EchoTime": 3.0, "RepetitionTime": 2300.0, "InversionTime": 900.0}
         ({"EchoTime": 4.0, "RepetitionTime": 22.0, "Text": "tof_3d"}, None),
     ],
 )
-def test_headers_and_what_they_mean(facts: dict[str, Any], modality: str | None, rules: Rules) -> None:
+def test_headers_and_what_they_mean(
+    facts: dict[str, Any], modality: str | None, rules: Rules
+) -> None:
     verdict = of(rules, **facts)
     assert verdict.modality == modality
     assert verdict.reasons
@@ -267,8 +281,14 @@ def test_a_site_replaces_and_adds_rules(tmp_path: Path) -> None:
         ),
         ('[[exclude]]\nname="x"\nreason="y"\nwhen={ Age = { above = 1 } }', "asks for Age"),
         ('[[exclude]]\nname="x"\nreason="y"\nwhen={ Text = { above = 1 } }', "tests Text by above"),
-        ('[[exclude]]\nname="x"\nreason="y"\nwhen={ EchoTime = { above = "9" } }', "by above = '9'"),
-        ('[[exclude]]\nname="x"\nreason="y"\nwhen={ Text = { matches = ["(a+)+"] } }', "by matches"),
+        (
+            '[[exclude]]\nname="x"\nreason="y"\nwhen={ EchoTime = { above = "9" } }',
+            "by above = '9'",
+        ),
+        (
+            '[[exclude]]\nname="x"\nreason="y"\nwhen={ Text = { matches = ["(a+)+"] } }',
+            "by matches",
+        ),
     ],
 )
 def test_rules_that_are_not_understood_are_refused(text: str, found: str, tmp_path: Path) -> None:

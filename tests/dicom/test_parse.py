@@ -1,8 +1,8 @@
-"""Hostile and damaged files: each is refused by name, in bounded memory and time, saying nothing."""
+"""Hostile and damaged files: each is refused by name, in bounded memory and time."""
 
 from __future__ import annotations
 
-import contextlib
+import io
 import struct
 import time
 import zipfile
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from pydicom import Dataset, config, dcmread
+from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import JPEG2000Lossless
 
 from dicom_files import PATIENT_ID, PATIENT_NAME, classic, save
-from mome_sdk.dicom import parse
 from mome_sdk.dicom.sandbox import Limits, run_limited
 from mome_sdk.dicom.series import checked_series, open_study
 from mome_sdk.errors import DicomError, MomeError
@@ -28,10 +28,10 @@ from .conftest import read
 DEFLATED, MPEG2 = "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.4.100"
 
 
-def small(slices: int = 3) -> list[Dataset]:
+def small(slices: int = 3, edge: int = 16) -> list[Dataset]:
     """A few slices of 16 x 16 pixels."""
-    array = np.random.default_rng(0).integers(0, 1000, (16, 16, slices)).astype(np.float32)
-    grid = Grid((16, 16, slices), np.diag((-4.0, -4.0, 4.0, 1.0)))
+    array = np.random.default_rng(0).integers(0, 1000, (edge, edge, slices)).astype(np.float32)
+    grid = Grid((edge, edge, slices), np.diag((-10.0, -10.0, 10.0, 1.0)))
     return classic(Volume(array, grid.affine))
 
 
@@ -55,27 +55,25 @@ def cut_pixels(folder: Path) -> None:
         path.write_bytes(path.read_bytes()[:-100])
 
 
+def with_meta(path: Path, body: bytes | None = None, **elements: str) -> None:
+    """Give a file other file meta information, and another data set if one is given."""
+    data = path.read_bytes()
+    start = 144 + int.from_bytes(data[140:144], "little")
+    meta = dcmread(path).file_meta
+    for keyword, value in elements.items():
+        setattr(meta, keyword, value)
+    stream = io.BytesIO()
+    write_file_meta_info(stream, meta)
+    path.write_bytes(data[:132] + stream.getvalue() + (data[start:] if body is None else body))
+
+
 def deflate_bomb(folder: Path) -> None:
     """A private element of 1 GiB of zeros, in 1 MB."""
-    path = written(folder)
-    data = path.read_bytes()
-    image = dcmread(path)
-    start = data.index(b"\x08\x00\x05\x00")  # the data set begins with its character set
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    body = [deflater.compress(data[start:-4])]
-    body.append(deflater.compress(struct.pack("<HH2sHI", 0x7FE1, 0x1001, b"OB", 0, 2**30)))
-    body += [deflater.compress(bytes(2**24)) for _ in range(64)]
+    element = struct.pack("<HH2sHI", 0x0009, 0x1001, b"OB", 0, 2**30)
+    body = [deflater.compress(element), *(deflater.compress(bytes(2**24)) for _ in range(64))]
     body.append(deflater.flush())
-    image.file_meta.TransferSyntaxUID = DEFLATED
-    meta = written(folder / "meta").read_bytes()[:start]
-    meta = meta.replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.1.99")
-    grown = meta.index(b"UL\x04\x00") + 4
-    length = int.from_bytes(meta[grown : grown + 4], "little") + 2
-    meta = meta[:grown] + length.to_bytes(4, "little") + meta[grown + 4 :]
-    place = meta.index(b"1.2.840.10008.1.2.1.99") - 2
-    meta = meta[:place] + (22).to_bytes(2, "little") + meta[place + 2 :]
-    path.write_bytes(meta + b"".join(body))
-    (folder / "meta" / "IM0000").unlink()
+    with_meta(written(folder), b"".join(body), TransferSyntaxUID=DEFLATED)
 
 
 def nested(folder: Path) -> None:
@@ -109,20 +107,16 @@ def no_zip(folder: Path) -> None:
 
 def foreign_class(folder: Path) -> None:
     """The meta information says MR, the data set CT."""
-    path = written(folder)
-    data = path.read_bytes()
-    head, tail = data[:400], data[400:]
-    path.write_bytes(head + tail.replace(b"1.2.840.10008.5.1.4.1.1.4\0", b"1.2.840.10008.5.1.4.1.1.2\0"))
+    path = written(folder, SOPClassUID="1.2.840.10008.5.1.4.1.1.2")
+    with_meta(path, MediaStorageSOPClassUID="1.2.840.10008.5.1.4.1.1.4")
 
 
-def other_syntax(folder: Path) -> None:
-    path = written(folder)
-    data = path.read_bytes().replace(b"1.2.840.10008.1.2.1\0", b"1.2.840.10008.1.2.9\0", 1)
-    path.write_bytes(data)
+def video(folder: Path) -> None:
+    with_meta(written(folder), TransferSyntaxUID=MPEG2)
 
 
 CORPUS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "truncated header": (truncated, "dicom.damaged", "File 1 of 1 cannot be read as DICOM"),
+    "truncated header": (truncated, "dicom.damaged", "File 1 of 1: it has no SeriesInstanceUID"),
     "truncated pixels": (cut_pixels, "dicom.damaged", "Image 1 of 8 cannot be read as DICOM"),
     "deflate bomb": (deflate_bomb, "dicom.deflated", "its data set is deflated"),
     "nested": (nested, "dicom.damaged", "(RecursionError)"),
@@ -130,18 +124,18 @@ CORPUS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "lying zip": (lying_zip, "dicom.zip", "cannot be unpacked (BadZipFile)"),
     "no zip": (no_zip, "dicom.zip", "cannot be unpacked (BadZipFile)"),
     "foreign class": (foreign_class, "dicom.damaged", "different kinds of image"),
-    "other syntax": (other_syntax, "dicom.transfer-syntax", "its transfer syntax is"),
+    "video": (video, "dicom.transfer-syntax", "its transfer syntax is MPEG2"),
     "path as UID": (
         lambda folder: written(folder, StudyInstanceUID="../../../../etc/passwd"),
-        *("dicom.uid", "its StudyInstanceUID is missing or is no UID"),
+        *("dicom.uid", "its StudyInstanceUID is no UID"),
     ),
     "long UID": (
         lambda folder: written(folder, SeriesInstanceUID="1." * 40 + "1"),
-        *("dicom.uid", "its SeriesInstanceUID is missing or is no UID"),
+        *("dicom.uid", "its SeriesInstanceUID is no UID"),
     ),
     "path as place": (
         lambda folder: written(folder, FrameOfReferenceUID="a/b"),
-        *("dicom.uid", "its FrameOfReferenceUID is missing or is no UID"),
+        *("dicom.uid", "its FrameOfReferenceUID is no UID"),
     ),
     "huge": (
         lambda folder: written(folder, Rows=65535, Columns=65535),
@@ -198,8 +192,8 @@ def test_hostile_files_are_refused_by_name(
 
 
 def test_a_bomb_in_compressed_pixels_takes_no_more_than_the_limit(tmp_path: Path) -> None:
-    """A JPEG 2000 image of 60,000 x 60,000 pixels behind a header of 16 x 16."""
-    images = small(8)
+    """A JPEG 2000 image of 60,000 x 60,000 pixels behind a header of 64 x 64."""
+    images = small(8, edge=64)
     save(images, tmp_path / "native")
     (tmp_path / "in").mkdir()
     for path in (tmp_path / "native").iterdir():
@@ -207,14 +201,21 @@ def test_a_bomb_in_compressed_pixels_takes_no_more_than_the_limit(tmp_path: Path
         image.compress(JPEG2000Lossless, generate_instance_uid=False)
         marker = image.PixelData.index(b"\xff\x51") + 6  # SIZ: width and height follow
         image.PixelData = (
-            image.PixelData[:marker] + struct.pack(">II", 60000, 60000) + image.PixelData[marker + 8 :]
+            image.PixelData[:marker]
+            + struct.pack(">II", 60000, 60000)
+            + image.PixelData[marker + 8 :]
         )
         image.save_as(tmp_path / "in" / path.name)
     start = time.perf_counter()
     with pytest.raises(DicomError) as caught:
         read(tmp_path / "in")
     assert time.perf_counter() - start < 20
-    assert caught.value.code in ("dicom.damaged", "dicom.pixels", "dicom.limit-memory", "dicom.crashed")
+    assert caught.value.code in (
+        "dicom.damaged",
+        "dicom.pixels",
+        "dicom.limit-memory",
+        "dicom.crashed",
+    )
 
 
 def test_bounds_are_the_callers(tmp_path: Path) -> None:
@@ -225,7 +226,6 @@ def test_bounds_are_the_callers(tmp_path: Path) -> None:
         (Limits(total_bytes=3000), "dicom.limit-size"),
         (Limits(edge=8), "dicom.limit-edge"),
         (Limits(seconds=0.001), "dicom.limit-time"),
-        (Limits(memory_bytes=2**24), "dicom.crashed"),
     ):
         with pytest.raises(DicomError) as caught, open_study(tmp_path / "in", limits=limits):
             pass
@@ -256,30 +256,14 @@ def test_a_process_that_ends_by_itself_is_an_error(tmp_path: Path) -> None:
         run_limited("no such task", tmp_path, Limits())
 
 
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tasks without a process for each: thousands of files would take minutes to start."""
-
-    def direct(task: str, folder: Path, limits: Limits, **request: Any) -> dict[str, Any]:
-        if "output" in request:
-            request["output"] = str(folder / request["output"])
-        return parse.TASKS[task](limits=limits, **request)
-
-    monkeypatch.setattr("mome_sdk.dicom.series.run_limited", direct)
-    with config.disable_value_validation():
-        yield
-
-
 def outcome(files: list[Path]) -> str:
     """The code of the error, or "read"; anything but a MomeError comes through."""
-    with contextlib.ExitStack() as stack:
-        try:
-            study = stack.enter_context(open_study(files))
+    try:
+        with open_study(files) as study:
             for part in study.stacks:
                 study.volume(checked_series(part, modality="FLAIR", reasons=()))
-        except MomeError as error:
-            assert PATIENT_ID not in str(error)
-            return error.code
+    except MomeError as error:
+        return "said too much" if PATIENT_ID in str(error) else error.code
     return "read"
 
 
@@ -313,7 +297,7 @@ def check_mutants(folder: Path, count: int) -> None:
         assert time.perf_counter() - start < 5
         seen[code] = seen.get(code, 0) + 1
     print(dict(sorted(seen.items(), key=lambda item: -item[1])))
-    assert sum(seen.values()) == count
+    assert "said too much" not in seen
     assert seen["read"] > count / 50, "changes of what is not used"
     assert seen["dicom.damaged"] > count / 20
 

@@ -135,7 +135,5 @@ def test_dcmtk_prints_the_notice_and_the_model(
 
 def test_the_same_again_is_the_same_to_the_byte(chosen: Chosen, two_lesions: Segmentation) -> None:
     seg = make_seg(chosen.series, two_lesions)
-    first, second = (
-        encoded(make_report(chosen.series, two_lesions, seg=seg)) for _ in range(2)
-    )
+    first, second = (encoded(make_report(chosen.series, two_lesions, seg=seg)) for _ in range(2))
     assert first == second
