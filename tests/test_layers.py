@@ -65,8 +65,8 @@ PUBLIC = {
     *("Grid", "Volume", "ModelBundle", "open_engine", "SlidingWindow", "Segmenter", "Segmentation"),
     *("CaseResult", "Lesion", "MomeError", "read_nifti", "write_nifti"),
 }
-# Not scipy: where it is installed, nibabel loads it.
-HEAVY = ("torch", "openvino", "onnx", "pydicom", "highdicom", "ray")
+# Not scipy and pydicom: where they are installed, nibabel loads them.
+HEAVY = ("torch", "openvino", "onnx", "highdicom", "ray")
 
 
 class Import(NamedTuple):

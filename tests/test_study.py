@@ -97,6 +97,7 @@ def test_all_formats_of_one_result_agree(
         assert "Zora" not in text
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_repeated_run_makes_the_same_objects(
     study: Path, predict: Callable[..., int], tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_a_zip_file_and_one_mask(
     assert nib.load(tmp_path / "mask.nii.gz").shape == PHANTOM.array.shape
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_another_series_can_be_asked_for_and_an_empty_result_has_no_seg(
     study: Path, predict: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,6 +139,7 @@ def test_another_series_can_be_asked_for_and_an_empty_result_has_no_seg(
     assert files(out) == {"lesions_sr.dcm"}, "the SEG of an earlier run says something else"
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_one_segment_for_all(study: Path, predict: Callable[..., int], tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert predict(study, "-o", out, "--format", "seg", "--segments", "all") == 0
@@ -144,6 +147,7 @@ def test_one_segment_for_all(study: Path, predict: Callable[..., int], tmp_path:
     assert [item.SegmentLabel for item in seg.SegmentSequence] == ["Lesions"]
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_rules_of_a_site_decide(
     study: Path, predict: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +159,7 @@ def test_rules_of_a_site_decide(
     assert "not used (a map computed from diffusion images" in said.err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_gap_in_the_chosen_series_is_not_passed_over(
     study: Path, predict: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,6 +171,7 @@ def test_a_gap_in_the_chosen_series_is_not_passed_over(
     assert not (tmp_path / "m.nii").exists()
 
 
+@pytest.mark.usefixtures("in_this_process")
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -207,6 +213,7 @@ def test_a_folder_with_nifti_files_is_a_folder_of_scans(
     assert "[argument.format]: --format is given, but no DICOM study" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_refused_registration_has_a_picture(
     whole_head_bundle: ModelBundle,
     tmp_path: Path,

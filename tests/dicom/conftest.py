@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
-from pydicom import config
 
 from dicom_files import classic, save, turned
-from mome_sdk.dicom import parse
 from mome_sdk.dicom.classify import choose, load_rules
-from mome_sdk.dicom.sandbox import Limits
 from mome_sdk.dicom.series import checked_series, open_study
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.study import Chosen
@@ -103,20 +100,6 @@ def dcmqi() -> Callable[[Path, Path], list[nib.Nifti1Image]]:
         return [nib.load(path) for path in paths]
 
     return judge
-
-
-@pytest.fixture
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tasks on files without a process for each; starting one takes longer than a small series."""
-
-    def direct(task: str, folder: Path, limits: Limits, **request: Any) -> dict[str, Any]:
-        if "output" in request:
-            request["output"] = str(folder / request["output"])
-        return parse.TASKS[task](limits=limits, **request)
-
-    monkeypatch.setattr("mome_sdk.dicom.series.run_limited", direct)
-    with config.disable_value_validation():
-        yield
 
 
 def world_mean(image: nib.Nifti1Image, above: float) -> np.ndarray[Any, Any]:

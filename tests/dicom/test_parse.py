@@ -68,12 +68,12 @@ def with_meta(path: Path, body: bytes | None = None, **elements: str) -> None:
 
 
 def deflate_bomb(folder: Path) -> None:
-    """A private element of 1 GiB of zeros, in 1 MB."""
+    """A private element of 2 GiB of zeros, in 2 MB."""
     deflater = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    element = struct.pack("<HH2sHI", 0x0009, 0x1001, b"OB", 0, 2**30)
-    body = [deflater.compress(element), *(deflater.compress(bytes(2**24)) for _ in range(64))]
-    body.append(deflater.flush())
-    with_meta(written(folder), b"".join(body), TransferSyntaxUID=DEFLATED)
+    start = deflater.compress(struct.pack("<HH2sHI", 0x0009, 0x1001, b"OB", 0, 2**31))
+    start += deflater.flush(zlib.Z_FULL_FLUSH)
+    zeros = deflater.compress(bytes(2**24)) + deflater.flush(zlib.Z_FULL_FLUSH)
+    with_meta(written(folder), start + 128 * zeros + deflater.flush(), TransferSyntaxUID=DEFLATED)
 
 
 def nested(folder: Path) -> None:
@@ -115,7 +115,7 @@ def video(folder: Path) -> None:
     with_meta(written(folder), TransferSyntaxUID=MPEG2)
 
 
-CORPUS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+HOSTILE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "truncated header": (truncated, "dicom.damaged", "File 1 of 1: it has no SeriesInstanceUID"),
     "truncated pixels": (cut_pixels, "dicom.damaged", "Image 1 of 8 cannot be read as DICOM"),
     "deflate bomb": (deflate_bomb, "dicom.deflated", "its data set is deflated"),
@@ -123,12 +123,18 @@ CORPUS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "zip bomb": (zip_bomb, "dicom.limit-zip", "announces more"),
     "lying zip": (lying_zip, "dicom.zip", "cannot be unpacked (BadZipFile)"),
     "no zip": (no_zip, "dicom.zip", "cannot be unpacked (BadZipFile)"),
-    "foreign class": (foreign_class, "dicom.damaged", "different kinds of image"),
-    "video": (video, "dicom.transfer-syntax", "its transfer syntax is MPEG2"),
     "path as UID": (
         lambda folder: written(folder, StudyInstanceUID="../../../../etc/passwd"),
         *("dicom.uid", "its StudyInstanceUID is no UID"),
     ),
+    "huge": (
+        lambda folder: written(folder, Rows=65535, Columns=65535),
+        *("dicom.limit-edge", "65535 x 65535 pixels; at most 4096 x 4096"),
+    ),
+}
+DAMAGED: dict[str, tuple[Callable[[Path], Any], str, str]] = {
+    "foreign class": (foreign_class, "dicom.damaged", "different kinds of image"),
+    "video": (video, "dicom.transfer-syntax", "its transfer syntax is MPEG2"),
     "long UID": (
         lambda folder: written(folder, SeriesInstanceUID="1." * 40 + "1"),
         *("dicom.uid", "its SeriesInstanceUID is no UID"),
@@ -136,10 +142,6 @@ CORPUS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "path as place": (
         lambda folder: written(folder, FrameOfReferenceUID="a/b"),
         *("dicom.uid", "its FrameOfReferenceUID is no UID"),
-    ),
-    "huge": (
-        lambda folder: written(folder, Rows=65535, Columns=65535),
-        *("dicom.limit-edge", "65535 x 65535 pixels; at most 4096 x 4096"),
     ),
     "many frames": (
         lambda folder: written(folder, NumberOfFrames="1000000"),
@@ -172,23 +174,35 @@ CORPUS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CORPUS)
+@pytest.mark.parametrize("case", HOSTILE)
 def test_hostile_files_are_refused_by_name(
     case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    make, code, text = CORPUS[case]
+    make, code, text = HOSTILE[case]
     make(tmp_path)
     archive = tmp_path / "study.zip"
     start = time.perf_counter()
-    with pytest.raises(DicomError) as caught:
-        read(archive if archive.exists() else tmp_path)
+    check_refusal(archive if archive.exists() else tmp_path, code, text)
     assert time.perf_counter() - start < 20, "nothing was unpacked or tried for long"
+    assert capfd.readouterr() == ("", ""), "warnings quote values"
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_files_are_refused_by_name(case: str, tmp_path: Path) -> None:
+    make, code, text = DAMAGED[case]
+    make(tmp_path)
+    check_refusal(tmp_path, code, text)
+
+
+def check_refusal(source: Path, code: str, text: str) -> None:
+    with pytest.raises(DicomError) as caught:
+        read(source)
     assert caught.value.code == code
     assert text in caught.value.message
     assert caught.value.hint
-    for secret in (PATIENT_NAME, "Zora", PATIENT_ID, "passwd", str(tmp_path)):
+    for secret in (PATIENT_NAME, "Zora", PATIENT_ID, "passwd", str(source)):
         assert secret not in str(caught.value)
-    assert capfd.readouterr() == ("", ""), "warnings quote values"
 
 
 def test_a_bomb_in_compressed_pixels_takes_no_more_than_the_limit(tmp_path: Path) -> None:

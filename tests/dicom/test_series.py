@@ -178,12 +178,14 @@ def test_faults_are_named(fault: str, code: str, text: str, tmp_path: Path) -> N
     assert isinstance(caught.value, GeometryError) == code.startswith("dicom.slice")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_single_slice_is_refused(tmp_path: Path) -> None:
     save(classic(place("LPS", "plain"))[:1], tmp_path / "in")
     with open_study(tmp_path / "in") as study, pytest.raises(GeometryError, match="slice-single"):
         checked_series(study.stacks[0], modality="FLAIR", reasons=())
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_frame_count_that_disagrees_is_refused(tmp_path: Path) -> None:
     image = enhanced([place("LPS", "plain")])
     image.NumberOfFrames = 5
@@ -192,6 +194,7 @@ def test_a_frame_count_that_disagrees_is_refused(tmp_path: Path) -> None:
         read(tmp_path / "in")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_frames_without_groups_are_refused(tmp_path: Path) -> None:
     image = classic(place("LPS", "plain"))[0]
     image.NumberOfFrames = 2
@@ -210,6 +213,7 @@ def test_voxels_are_where_they_were(axes: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(back.array, np.round(volume.array))
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_each_slice_has_its_own_slope(tmp_path: Path) -> None:
     volume = place("LPS", "plain")
     images = classic(volume)
@@ -221,6 +225,7 @@ def test_each_slice_has_its_own_slope(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "in").volume.array, expected)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_enhanced_frames_have_stacks_slopes_and_b_values(tmp_path: Path) -> None:
     lesion = place("PIR", "oblique")
     plain = Volume(np.minimum(lesion.array, 120.0), lesion.affine)
@@ -235,6 +240,7 @@ def test_enhanced_frames_have_stacks_slopes_and_b_values(tmp_path: Path) -> None
     assert chosen.volume.array.max() == 400
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_dcm2niix_reads_the_same_from_an_enhanced_file(
     tmp_path: Path, dcm2niix: Callable[[Path, Path], nib.Nifti1Image]
 ) -> None:
@@ -272,6 +278,7 @@ def test_files_are_a_source_too(oblique: tuple[Path, Volume], chosen: Chosen) ->
     np.testing.assert_array_equal(read(files).volume.array, chosen.volume.array)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_other_files_are_passed_over(tmp_path: Path) -> None:
     images = classic(place("LPS", "plain"))
     save(images, tmp_path / "in" / "deep")
@@ -290,6 +297,7 @@ def two(first: Sequence[Dataset], second: Sequence[Dataset], folder: Path) -> No
     save(second, folder, stem="B")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_two_studies_or_patients_are_refused(tmp_path: Path) -> None:
     volume = place("LPS", "plain")
     two(classic(volume), classic(volume, study="other"), tmp_path / "studies")
@@ -301,6 +309,7 @@ def test_two_studies_or_patients_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "patients")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_folder_without_images_and_no_folder_are_named(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("nothing")
     with pytest.raises(DicomError, match=r"\[dicom.no-image\] Of 1 files none"):
@@ -309,6 +318,7 @@ def test_a_folder_without_images_and_no_folder_are_named(tmp_path: Path) -> None
         read(tmp_path / "none")
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_labels_depend_on_nothing_but_the_images(tmp_path: Path) -> None:
     """Of a series that holds b0 and b1000, under other names of files."""
     volume = place("LPS", "plain")
