@@ -276,6 +276,6 @@ def test_the_demonstration_model_finds_the_same_in_a_real_scan_as_dicom(
     there = found.resample(scan.grid, mode="nearest").array > 0
     dice = 2 * np.count_nonzero(there & known) / (there.sum() + known.sum())
     print(f"Dice {dice:.3f}, {len(result['lesions'])} lesions, {result['timings']}")
-    assert dice > 0.4  # 0.53 from the NIfTI file, README.md; grey values are rounded here
+    assert dice > 0.43  # 0.4346 from the NIfTI file itself; grey values are rounded here
     seg = pydicom.dcmread(out / "lesions_seg.dcm")
     assert int(seg.pixel_array.sum()) == int(found.array.sum())

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from pydicom import Dataset, config, dcmread
+from pydicom.data import get_testdata_file
 from pydicom.filewriter import write_file_meta_info
 from pydicom.uid import JPEG2000Lossless
 
 from dicom_files import PATIENT_ID, PATIENT_NAME, classic, save
+from mome_sdk.dicom import parse
 from mome_sdk.dicom.sandbox import Limits, run_limited
 from mome_sdk.dicom.series import checked_series, open_study
 from mome_sdk.errors import DicomError, MomeError
@@ -327,3 +329,31 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_3000_mutated_files_are_read_or_refused(tmp_path: Path) -> None:
     check_mutants(tmp_path, 3000)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MR_small_bigendian.dcm", "MR_small_implicit.dcm", "MR_small_RLE.dcm"),
+        *("MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm", "MR_small_padded.dcm"),
+    ],
+)
+def test_a_scanners_own_image_is_the_same_in_every_transfer_syntax(
+    name: str, tmp_path: Path
+) -> None:
+    """A real slice that pydicom brings, stored in several ways."""
+    known = dcmread(str(get_testdata_file("MR_small.dcm"))).pixel_array
+    path = str(get_testdata_file(name))
+    found = parse.scan(files=[path], archive=None, limits=Limits())
+    assert len(found["instances"]) == 1
+    output = tmp_path / "pixels.f32"
+    size = {"rows": 64, "columns": 64, "output": str(output)}
+    parse.decode(frames=[[path, 1, 1.0, 0.0]], limits=Limits(), **size)
+    np.testing.assert_array_equal(np.fromfile(output, "<f4").reshape(64, 64), known)
+
+
+def test_a_scanners_own_image_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    path = str(get_testdata_file("MR_truncated.dcm"))
+    size = {"rows": 64, "columns": 64, "output": str(tmp_path / "pixels.f32")}
+    with pytest.raises(DicomError, match=r"\[dicom.damaged\] Image 1 of 1"):
+        parse.decode(frames=[[path, 1, 1.0, 0.0]], limits=Limits(), **size)
