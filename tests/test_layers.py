@@ -49,6 +49,7 @@ LIBRARIES = {
     "preprocess.skull_strip": {"nibabel", "deepbet"},
     "dicom.parse": {"pydicom"},
     "dicom.series": {"pydicom"},
+    "dicom.stacks": {"pydicom"},
     "dicom.classify": {"tomli"},
     "dicom.codes": {"pydicom", "highdicom"},
     "dicom.objects": {"pydicom", "highdicom"},

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mome_sdk.dicom.series import FACTS, Stack
+from mome_sdk.dicom.stacks import FACTS, Stack
 from mome_sdk.errors import DicomError, InputError
 
 if sys.version_info >= (3, 11):

@@ -17,7 +17,8 @@ from mome_sdk.dicom.classify import (
     classify,
     load_rules,
 )
-from mome_sdk.dicom.series import FACTS, Stack, open_study
+from mome_sdk.dicom.series import open_study
+from mome_sdk.dicom.stacks import FACTS, Stack
 from mome_sdk.errors import DicomError, InputError
 from phantom import grid, phantom
 
