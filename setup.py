@@ -48,7 +48,7 @@ PACKAGE_DIR = {
 }
 
 setup(
-    packages=[*PACKAGE_DIR, "mome_sdk.engines", "mome_sdk.preprocess"],
+    packages=[*PACKAGE_DIR, "mome_sdk.dicom", "mome_sdk.engines", "mome_sdk.preprocess"],
     package_dir=PACKAGE_DIR,
     ext_modules=[Extension("mome_sdk._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

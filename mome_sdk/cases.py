@@ -24,6 +24,7 @@ from mome_sdk.nifti import read_nifti
 from mome_sdk.preprocess.align import Alignment
 from mome_sdk.report import picture, registration_picture, report
 from mome_sdk.segmentation import Segmentation
+from mome_sdk.volume import Volume
 
 # The end of an image's path in a BIDS dataset. The suffixes are those of images that show lesions;
 # T1ce is a T1w with the entity ce.
@@ -93,10 +94,14 @@ class Case:
             InputError: `argument.output`, `argument.output-folder`: one cannot be written.
         """
         segmentation.save(self.mask)
+        self.save_beside(self.image, segmentation, bundle)
+
+    def save_beside(self, image: Path | Volume, segmentation: Segmentation, bundle: Model) -> None:
+        """Write probability, picture and report of a NIfTI file or of a volume: see `save`."""
         if self.probability is not None:
             segmentation.save_probability(self.probability)
         if self.picture is not None and self.report is not None:
-            scan = read_nifti(self.image)
+            scan = image if isinstance(image, Volume) else read_nifti(image)
             png = picture(scan, segmentation)
             made = segmentation.provenance["preparation"]
             placed = None
@@ -107,7 +112,7 @@ class Case:
             write_file(self.report, page.encode("utf-8", "backslashreplace"))
 
 
-def draw_refusal(error: MomeError, image: Path, path: Path, bundle: Model) -> None:
+def draw_refusal(error: MomeError, image: Path | Volume, path: Path, bundle: Model) -> None:
     """Draw what a check of the registration refused, and name the picture in the error.
 
     Nothing is drawn of other errors, or where the picture cannot be written: it is the check's
@@ -115,7 +120,8 @@ def draw_refusal(error: MomeError, image: Path, path: Path, bundle: Model) -> No
     """
     if not isinstance(error, PreparationError) or not isinstance(error.attempt, Alignment):
         return
-    png = registration_picture(read_nifti(image), error.attempt.to_template, bundle)
+    scan = image if isinstance(image, Volume) else read_nifti(image)
+    png = registration_picture(scan, error.attempt.to_template, bundle)
     with contextlib.suppress(InputError):
         make_folders(path.parent)
         write_file(path, png)
@@ -125,6 +131,30 @@ def draw_refusal(error: MomeError, image: Path, path: Path, bundle: Model) -> No
 def is_collection(path: Path) -> bool:
     """Whether a path stands for many images: a folder, or a list of them (.txt, .csv)."""
     return path.is_dir() or path.suffix.lower() in (".txt", ".csv")
+
+
+def is_study(path: Path) -> bool:
+    """Whether a path is a zip file, or a folder with DICOM files and without NIfTI files.
+
+    DICOM files begin with 128 bytes of anything and "DICM"; their names say nothing.
+    """
+    if path.is_file():
+        return path.suffix.lower() == ".zip"
+    files: list[Path] = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = [name for name in inner if name[0] != "."]
+        files += [Path(folder, name) for name in names if name[0] != "."]
+    if any(file.name.endswith((".nii", ".nii.gz")) for file in files):
+        return False
+    return any(_is_dicom(file) for file in sorted(files))
+
+
+def _is_dicom(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        if path.is_file():  # no pipe: reading one would wait for ever
+            with path.open("rb") as stream:
+                return stream.read(132)[128:] == b"DICM"
+    return False
 
 
 def named_cases(

@@ -11,8 +11,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
@@ -23,7 +25,14 @@ import numpy as np
 from mome_sdk import _core
 from mome_sdk.batch import run
 from mome_sdk.bundle import EXAMPLE, ModelBundle
-from mome_sdk.cases import Case, collected_cases, draw_refusal, is_collection, named_cases
+from mome_sdk.cases import (
+    Case,
+    collected_cases,
+    draw_refusal,
+    is_collection,
+    is_study,
+    named_cases,
+)
 from mome_sdk.engines import ENGINES, RUNS
 from mome_sdk.errors import EngineError, InputError, MomeError, PreparationError, out_of_memory
 from mome_sdk.exported import ExportedModel, load_model, parity_line
@@ -43,6 +52,8 @@ _SETTINGS = (
     *("model", "engine", "device", "precision", "space", "registration", "mirror"),
     *("step", "blend", "batch", "threads"),
 )
+# Those that only a DICOM study has.
+_OF_A_STUDY = ("series", "format", "segments", "empty_seg", "series_rules")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -130,6 +141,8 @@ def _one_line(text: object) -> str:
 def _predict(options: argparse.Namespace) -> int:
     settings = {name: getattr(options, name) for name in _SETTINGS}
     wanted = {"probability": options.probability, "report": options.report}
+    if _names_study(options):
+        return _predict_study(settings, options)
     collections = [path for path in options.inputs if is_collection(path)]
     if not collections:
         if options.ray is not None:
@@ -150,6 +163,68 @@ def _predict(options: argparse.Namespace) -> int:
     return _predict_collected(
         collected_cases(collections[0], options.output, **wanted), settings, options
     )
+
+
+def _names_study(options: argparse.Namespace) -> bool:
+    """Whether the input is DICOM; refuses what does not go together."""
+    asked = [name for name in _OF_A_STUDY if getattr(options, name)]
+    studies = [path for path in options.inputs if is_study(path)]
+    if not studies and not asked:
+        return False
+    if not studies:
+        raise InputError(
+            f"argument.{asked[0].replace('_', '-')}",
+            f"--{asked[0].replace('_', '-')} is given, but no DICOM study.",
+            hint="It is for a folder with DICOM files, and without NIfTI files, or a .zip.",
+        )
+    if len(options.inputs) > 1 or options.ray is not None:
+        raise InputError(
+            "argument.input",
+            f"{str(studies[0])!r} is a DICOM study, beside other inputs or --ray.",
+            hint="Name one study.",
+        )
+    return True
+
+
+def _predict_study(settings: dict[str, Any], options: argparse.Namespace) -> int:
+    """Segment one series of a DICOM study."""
+    from mome_sdk.dicom.classify import load_rules
+    from mome_sdk.study import read_study, study_case
+
+    (source,) = options.inputs
+    rules = load_rules(options.series_rules)
+    case = study_case(
+        source,
+        options.output,
+        formats=options.format or ("nifti",),
+        segments=options.segments or "lesion",
+        empty_seg=options.empty_seg,
+        probability=options.probability,
+        report=options.report,
+    )
+    started = time.perf_counter()
+    chosen = read_study(source, options.series or "auto", rules=rules)
+    read_s = time.perf_counter() - started
+    with Segmenter(**settings) as segmenter:
+        preparation = _preparation(segmenter, case.mask.parent, options)
+        try:
+            with _Progress(chosen.series.label) as progress:
+                result = segmenter.predict(
+                    chosen.volume, progress, shares=options.report, **preparation
+                )
+        except PreparationError as error:
+            draw_refusal(error, chosen.volume, case.refused, segmenter.bundle)
+            raise
+        result = replace(result, timings={**result.timings, "read": read_s})
+        case = case.save_study(chosen, result, segmenter.bundle)
+    if options.json:
+        _print_json({**case.record(result), "series": chosen.as_json()})
+        return DONE
+    for line in chosen.considered if "verbose" in options else ():
+        print(f"  {line}", file=sys.stderr)
+    print(f"{chosen.series.label}: {chosen.series.modality}, {'; '.join(chosen.series.reasons)}.")
+    _print_result(case, result, verbose="verbose" in options)
+    return DONE
 
 
 def _predict_named(
@@ -459,6 +534,7 @@ def _doctor(_: argparse.Namespace) -> int:
     print(f"gpu runner   {_cuda_state()}")
     for name in ENGINES:
         print(f"{name:<12} {_engine_state(name)}")
+    print(f"dicom        {_dicom_state()}")
     try:
         print(f"demo model   {ModelBundle.load('demo').sha256[:12]}, complete")
     except MomeError as error:
@@ -485,6 +561,14 @@ def _cuda_state() -> str:
     if build is None:
         return "not built: install the package again where nvcc (CUDA 12.0 or later) is found"
     return f"CUDA {build}; GPUs it can use: {_core.cuda_devices()}"
+
+
+def _dicom_state() -> str:
+    """Versions of what reads and writes DICOM, or what would add it."""
+    try:
+        return ", ".join(f"{name} {version(name)}" for name in ("pydicom", "highdicom"))
+    except PackageNotFoundError:
+        return 'missing: pip install "mome-sdk[dicom]"'
 
 
 def _gpus() -> list[str]:

@@ -23,6 +23,9 @@ TRAINING = {
 }
 # Likewise of the benchmarks.
 BENCH = {"bench": "measure this machine: engines, kernels, sliding windows, end to end, GPU"}
+# Which series of a DICOM study can be asked for, and what can be written for it.
+SERIES = ("t1", "t1ce", "t2", "flair", "dwi", "auto")
+FORMATS = ("nifti", "seg", "sr", "sc")
 COMMON = ("-v", "--verbose", "--debug")
 
 
@@ -156,7 +159,8 @@ def _add_predict_options(predict: _Parser) -> None:
     predict.description = (
         "Find lesions in brain MR images; each mask lies on the grid of its own image.\n"
         "INPUT is a NIfTI file (.nii, .nii.gz) of one modality: T1, T1ce, T2, FLAIR or DWI.\n"
-        "Or many of them: a folder or a list of images, see below."
+        "Or many of them: a folder or a list of images; or a DICOM study: a folder or a .zip. See\n"
+        "below."
     )
     predict.epilog = (
         "A folder is searched at any depth, but for hidden files. Of a BIDS dataset the T1w, T2w\n"
@@ -165,7 +169,10 @@ def _add_predict_options(predict: _Parser) -> None:
         "column image; paths start from the list's folder. OUT repeats the tree of the images\n"
         "(BIDS: sub-1/anat/sub-1_space-T1w_desc-lesion_mask.nii.gz) and has a row for each image\n"
         "in results.csv. The same command again does what is not done yet and images that have\n"
-        "changed; an image that was refused for what it is waits until it changes."
+        "changed; an image that was refused for what it is waits until it changes.\n\n"
+        "A folder with DICOM files and no NIfTI file is one study, and so is a .zip of it. One of\n"
+        "its series is segmented, in its own slices; OUT is a folder then (lesions.nii.gz,\n"
+        "lesions_seg.dcm, lesions_sr.dcm, lesions_sc.dcm), or the mask's file for NIfTI alone."
     )
     option = predict.add_argument
     option(
@@ -306,6 +313,51 @@ def _add_predict_options(predict: _Parser) -> None:
         "of RAY_ADDRESS or else on this machine; they share cores and GPUs evenly, and paths "
         "must mean the same files on every machine",
     )
+    _add_dicom_options(predict.add_argument_group("DICOM"))
+
+
+def _add_dicom_options(group: argparse._ArgumentGroup) -> None:
+    option = group.add_argument
+    option(
+        "--series",
+        metavar="NAME",
+        choices=SERIES,
+        help="t1, t1ce, t2, flair or dwi; auto (default): the first of flair, t1ce, t2, dwi and "
+        "t1 that the study has",
+    )
+    option(
+        "--format",
+        metavar="LIST",
+        type=_formats,
+        help="what to write, separated by commas: nifti (default), seg (DICOM SEG on the slices of "
+        "the series), sr (structured report, TID 1500), sc (a picture)",
+    )
+    option(
+        "--segments",
+        metavar="NAME",
+        choices=("lesion", "all"),
+        help="segments of the SEG: lesion (default), one for each; or all, one for all lesions",
+    )
+    option(
+        "--empty-seg",
+        action="store_true",
+        help="write a SEG even where no lesion was found; an SR is always written, with a count of "
+        "0 then",
+    )
+    option(
+        "--series-rules",
+        metavar="FILE",
+        type=Path,
+        help="rules of your own, over the built-in ones, for which series is what (TOML)",
+    )
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    asked = text.lower().split(",")
+    unknown = [name for name in asked if name not in FORMATS]
+    if unknown or len(set(asked)) < len(asked):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of {', '.join(FORMATS)}")
+    return tuple(asked)
 
 
 def _batch(text: str) -> int | str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,6 +127,23 @@ def whole_head_bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
 def bright_segmenter(whole_head_bundle: ModelBundle) -> Segmenter:
     """Calls bright voxels lesion, of any image in the space of MNI152."""
     return Segmenter(whole_head_bundle, BrightEngine(), space="mni")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tasks on DICOM files without a process for each: to start one takes longer than the rest."""
+    from pydicom import config
+
+    from mome_sdk.dicom import parse
+
+    def direct(task: str, folder: Path, limits: object, **request: Any) -> dict[str, Any]:
+        if "output" in request:
+            request["output"] = str(folder / request["output"])
+        return parse.TASKS[task](limits=limits, **request)
+
+    monkeypatch.setattr("mome_sdk.dicom.series.run_limited", direct)
+    with config.disable_value_validation():
+        yield
 
 
 def pytest_configure() -> None:

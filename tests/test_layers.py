@@ -30,7 +30,7 @@ DATA = (
 )
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
-SERVICE = ("report", "cases", "results", "batch", "pacs", "options", "cli", "__main__")
+SERVICE = ("report", "cases", "results", "batch", "study", "pacs", "options", "cli", "__main__")
 OUTSIDE = ("export", "training", "benchmarks")
 ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
 
@@ -47,6 +47,15 @@ LIBRARIES = {
     "engines.openvino": {"openvino"},
     "preprocess.register": {"nibabel", "niimath", "SimpleITK", "ants"},
     "preprocess.skull_strip": {"nibabel", "deepbet"},
+    "dicom.parse": {"pydicom"},
+    "dicom.series": {"pydicom"},
+    "dicom.stacks": {"pydicom"},
+    "dicom.classify": {"tomli"},
+    "dicom.codes": {"pydicom", "highdicom"},
+    "dicom.objects": {"pydicom", "highdicom"},
+    "dicom.seg": {"highdicom"},
+    "dicom.report": {"pydicom", "highdicom"},
+    "dicom.capture": {"highdicom", "PIL"},
     "report": {"PIL"},
     "cases": {"nibabel"},
     "batch": {"ray"},
@@ -57,8 +66,8 @@ PUBLIC = {
     *("Grid", "Volume", "ModelBundle", "open_engine", "SlidingWindow", "Segmenter", "Segmentation"),
     *("CaseResult", "Lesion", "MomeError", "read_nifti", "write_nifti"),
 }
-# Not scipy: where it is installed, nibabel loads it.
-HEAVY = ("torch", "openvino", "onnx", "tensorrt", "tensorrt_rtx_bindings", "pydicom", "ray")
+# Not scipy and pydicom: where they are installed, nibabel loads them.
+HEAVY = ("torch", "openvino", "onnx", "tensorrt", "tensorrt_rtx_bindings", "highdicom", "ray")
 
 
 class Import(NamedTuple):

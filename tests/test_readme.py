@@ -134,6 +134,12 @@ def test_ray_is_understood(words: list[str]) -> None:
     assert parser().parse_args(words[1:]).ray == int(words[-1])
 
 
+@pytest.mark.parametrize("words", [w for w in SHELL if "study" in w], ids=" ".join)
+def test_a_study_is_understood(words: list[str]) -> None:
+    """What it does is tested in test_study.py."""
+    assert parser().parse_args(words[1:]).format == ("nifti", "seg", "sr", "sc")
+
+
 @pytest.mark.parametrize("words", [w for w in SHELL if w[1] in ("train", "evaluate")], ids=" ".join)
 def test_training_commands_are_understood(words: list[str]) -> None:
     """What they do is tested in tests/training, on heads that take seconds."""
