@@ -54,7 +54,8 @@ cd "$build/package"
     --deselect tests/test_sliding_window.py::test_memory_is_what_was_announced
 
 # The GPU runner on the emulated GPU, whose core takes the place of the other.
-LD_PRELOAD='' cmake -S "$root/csrc" -B "$build/address" -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/gpu/mome_sdk"
+LD_PRELOAD='' cmake -S "$root/csrc" -B "$build/address" -DMOME_EMULATE_GPU=ON \
+    -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$build/gpu/mome_sdk"
 rm -rf "$build/gpu"
 cp -r --no-dereference "$build/package" "$build/gpu"
 LD_PRELOAD='' cmake --build "$build/address" --target emulated_gpu --parallel "$(nproc)"

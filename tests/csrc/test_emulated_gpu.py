@@ -31,6 +31,7 @@ def package(tmp_path: Path) -> Path:
         "CMAKE_CXX_FLAGS": "-O1 -UNDEBUG",
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": links,
         "MOME_CUDA": "OFF",
+        "MOME_EMULATE_GPU": "ON",
         "MOME_WERROR": "ON",
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
