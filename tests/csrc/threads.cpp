@@ -65,21 +65,19 @@ void calls_may_be_nested() {
   require(sums == std::vector<std::int64_t>(20, 435), "A nested call was not done.");
 }
 
+// It ends only because the rest is skipped.
 void the_first_exception_comes_back() {
   std::string caught;
-  std::atomic<int> after{0};
   try {
-    mome::parallel_tasks(10000, 0, [&](std::int64_t task, int) {
+    mome::parallel_tasks(std::int64_t{1} << 40, 0, [&](std::int64_t task, int) {
       if (task == 7) {
         throw std::runtime_error("task 7");
       }
-      after.fetch_add(1);
     });
   } catch (const std::runtime_error& error) {
     caught = error.what();
   }
   require(caught == "task 7", "An exception was lost.");
-  require(after < 9999, "Nothing was skipped after an exception.");
 }
 
 // As an engine is interrupted: a task of the caller throws when another thread has asked for it.
