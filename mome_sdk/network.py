@@ -6,7 +6,7 @@ state dict loads by a prefix alone. Inference needs this file only with the `tor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,6 +107,14 @@ class UNet(nn.Module):
         return self.decoder(skips, levels), skips[0]
 
 
+Run = Callable[[nn.Module, Tensor, int], tuple[list[Tensor], Tensor]]
+
+
+def _run(network: nn.Module, x: Tensor, levels: int) -> tuple[list[Tensor], Tensor]:
+    outputs: tuple[list[Tensor], Tensor] = network(x, levels)
+    return outputs
+
+
 class MomeOutput(NamedTuple):
     """Lists run over levels, full resolution first; experts are stacked on axis 1.
 
@@ -136,13 +144,17 @@ class MoME(nn.Module):
         if arch.gated:
             self.gate = UNet(arch, arch.gate_in_channels, arch.gate_out_channels)
 
-    def forward(self, x: Tensor, levels: int = 1) -> MomeOutput:
-        """Experts, gates and their fusion on windows (B, C, D, H, W) at the finest `levels`."""
-        per_expert, features = zip(*(expert(x, levels) for expert in self.experts), strict=True)
+    def forward(self, x: Tensor, levels: int = 1, run: Run = _run) -> MomeOutput:
+        """Experts, gates and their fusion on windows (B, C, D, H, W) at the finest `levels`.
+
+        `run` calls a network with its arguments: training may compute it again for the backward
+        pass instead of keeping its activations.
+        """
+        per_expert, features = zip(*(run(net, x, levels) for net in self.experts), strict=True)
         experts = [torch.stack(maps, dim=1) for maps in zip(*per_expert, strict=True)]
         if not self.arch.gated:
             return MomeOutput(per_expert[0], experts, [torch.ones_like(e) for e in experts])
-        gates = self._gates(x, features, levels)
+        gates = self._gates(x, features, levels, run)
         fused = [fuse(e, g) for e, g in zip(experts, gates, strict=True)]
         return MomeOutput(fused, experts, gates)
 
@@ -151,9 +163,11 @@ class MoME(nn.Module):
         stems = (expert.get_submodule("encoder.stages.0") for expert in self.experts)
         return self._gates(x, [stem(x) for stem in stems], levels)
 
-    def _gates(self, x: Tensor, features: Sequence[Tensor], levels: int) -> list[Tensor]:
+    def _gates(
+        self, x: Tensor, features: Sequence[Tensor], levels: int, run: Run = _run
+    ) -> list[Tensor]:
         """Gate maps (B, E, N, D, H, W) from the image and the experts' first-stage features."""
-        maps, _ = self.gate(torch.cat((x, *features), dim=1), levels)
+        maps, _ = run(self.gate, torch.cat((x, *features), dim=1), levels)
         return [m.unflatten(1, (self.arch.experts, self.arch.classes)) for m in maps]
 
 

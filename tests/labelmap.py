@@ -33,7 +33,10 @@ def write_labelmap(path: Path, shape: tuple[int, int, int] = (40, 44, 40)) -> No
 def tiny_config() -> TrainConfig:
     """Every stage in two or three steps, of two experts, on the head `head`."""
     demo = load_config(DEMO_CONFIG)
-    stage = dataclasses.replace(demo.experts, steps=2, small_steps=1, small_patch=(8, 8, 8))
+    assert demo.data is not None
+    stage = dataclasses.replace(
+        demo.experts, epochs=2, iterations=1, small_epochs=1, small_patch=(8, 8, 8), amp="off"
+    )
     return dataclasses.replace(
         demo,
         modalities=("T1", "FLAIR"),
@@ -44,6 +47,11 @@ def tiny_config() -> TrainConfig:
         experts=stage,
         continued=stage,
         gate=GateConfig(**dataclasses.asdict(stage), start="T1"),
-        joint=JointConfig(**{**dataclasses.asdict(stage), "steps": 3}, warm_up=1, gate_lr=1e-3),
+        joint=JointConfig(
+            **{**dataclasses.asdict(stage), "epochs": 3},
+            warm_up=1,
+            gate_lr=1e-3,
+            gate_start="average",
+        ),
         warm_start={"FLAIR": ("T1", "FLAIR")},
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from mome_sdk.architecture import Architecture
 from mome_sdk.errors import InputError
@@ -22,31 +22,60 @@ Index3 = tuple[int, int, int]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One training stage.
 
     Attributes:
-        steps: Optimiser steps.
-        small_patch: Edges of the patches of the first `small_steps` steps, which are cheaper; the
-            rest of the steps have the patch of inference.
-        small_steps: Number of those steps.
+        epochs: What the schedule counts: learning rate and curriculum are constant within one, and
+            a run is saved, and resumes, after each.
+        iterations: Optimiser steps of an epoch.
         batch: Patches in each step.
-        lr: Learning rate at step 0; it falls as (1 - step / steps) ** 0.9.
+        lr: Learning rate at epoch 0; it falls as (1 - epoch / epochs) ** 0.9.
         optimizer: "adamw" or "sgd" (Nesterov, momentum 0.99, as published).
         weight_decay: For every parameter.
+        patch: Edges of the patches; None for those of inference.
+        small_patch: Edges of the patches of the first `small_epochs` epochs, which are cheaper; the
+            rest of the epochs have the patch of inference.
+        small_epochs: Number of those epochs.
+        weighting: Which cases are drawn, of a case table: "uniform" as published, or balanced by
+            "modality", or by the square root of the size of a "dataset-sqrt" or "task-sqrt".
+        augment: "nnunet" or "none", of patches of a case table.
+        validation: Batches after each epoch for the pseudo-Dice, of the case table's "val" rows.
+        checkpoint: What the stage hands on: its "last" weights, or the "best" by pseudo-Dice.
+        average: Decay of a running mean of the weights that takes their place at the end; 0: none.
+        amp: "off", or the forward pass in "bf16", or on CUDA in "fp16" with scaled gradients.
+        memory: "plain", or "checkpoint": each network's activations are computed again in the
+            backward pass instead of kept (MoME only).
     """
 
-    steps: int
-    small_patch: Index3
-    small_steps: int
+    epochs: int
+    iterations: int
     batch: int
     lr: float
-    optimizer: str
+    optimizer: Literal["sgd", "adamw"]
     weight_decay: float
+    patch: Index3 | None = None
+    small_patch: Index3 | None = None
+    small_epochs: int = 0
+    weighting: Literal["uniform", "modality", "dataset-sqrt", "task-sqrt"] = "uniform"
+    augment: Literal["nnunet", "none"] = "none"
+    validation: int = 0
+    checkpoint: Literal["last", "best"] = "last"
+    average: float = 0.0
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    memory: Literal["plain", "checkpoint"] = "plain"
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.iterations, self.batch) < 1:
+            raise InputError("argument.config", "epochs, iterations and batch are 1 or more.")
+        if (self.small_patch is None) != (self.small_epochs == 0):
+            raise InputError("argument.config", "small_patch and small_epochs go together.")
+        if self.checkpoint == "best" and self.validation == 0:
+            raise InputError("argument.config", "The best checkpoint needs validation batches.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GateConfig(StageConfig):
     """The stage that teaches the gate which modality it looks at.
 
@@ -57,17 +86,30 @@ class GateConfig(StageConfig):
     start: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class JointConfig(StageConfig):
     """The joint stage; `lr` is that of the experts.
 
     Attributes:
         gate_lr: Learning rate of the gating network.
-        warm_up: Steps at the start in which only the gate learns.
+        warm_up: Epochs at the start in which only the gate learns; published: 0.
+        experts: "trained" by the first stage, or "random", an ablation.
+        heads: Of the trained experts: "kept", or "random" again as in the published loader.
+        gate_start: "random" as published, or the "average" of the experts.
+        gates: "hierarchical", or "finest": coarser levels average the experts, an ablation.
+        curriculum: "quadratic" (equation 2), or "none": the fused loss alone, an ablation.
+        own_loss: The specialisation loss of a batch: "sum" as in the published code, or the "mean"
+            that equation 2 is for one image.
     """
 
     gate_lr: float
-    warm_up: int
+    warm_up: int = 0
+    experts: Literal["trained", "random"] = "trained"
+    heads: Literal["kept", "random"] = "kept"
+    gate_start: Literal["random", "average"] = "random"
+    gates: Literal["hierarchical", "finest"] = "hierarchical"
+    curriculum: Literal["quadratic", "none"] = "quadratic"
+    own_loss: Literal["sum", "mean"] = "sum"
 
 
 @dataclass(frozen=True)
@@ -148,6 +190,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TableConfig:
+    """A case table (`dataset.read_table`) as training data.
+
+    Attributes:
+        path: Of the CSV file; a relative one is looked for in the folder given by `--data`.
+        space: "model", the images lie on the model grid; "native", they are registered first.
+    """
+
+    path: str
+    space: Literal["model", "native"] = "model"
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """The fixed held-out cases: `cases` whole heads for each modality, alternating anatomies."""
 
@@ -167,8 +222,12 @@ class TrainConfig:
         modalities: In expert order.
         patch: Window (D, H, W), the same in training and inference: instance norm makes other
             windows give other results.
-        experts, continued, joint: The stage of an expert from nothing, each round of an expert that
-            starts from weights, the stage of all networks.
+        loss: Of all stages.
+        experts, joint: The stage of an expert from nothing, the stage of all networks.
+        data, synthesis, evaluation: Label maps, what is painted into them patch by patch, and the
+            held-out cases; or
+        table: the cases that train. One of the two is expected.
+        continued: Each round of an expert that starts from weights.
         warm_start: Expert -> what each of its rounds starts from: first the finished weights of
             another expert, in every further round its own ("T2": "FLAIR", "T2").
         gate: The stage between experts and joint. The published training has none: without it the
@@ -185,17 +244,43 @@ class TrainConfig:
     modalities: tuple[str, ...]
     patch: Index3
     architecture: Architecture
-    data: DataConfig
     loss: LossConfig
     experts: StageConfig
-    continued: StageConfig
     joint: JointConfig
-    warm_start: Mapping[str, tuple[str, ...]]
-    synthesis: SynthesisConfig
-    evaluation: EvaluationConfig
+    data: DataConfig | None = None
+    synthesis: SynthesisConfig | None = None
+    evaluation: EvaluationConfig | None = None
+    table: TableConfig | None = None
+    continued: StageConfig | None = None
+    warm_start: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gate: GateConfig | None = None
 
+    @property
+    def painted(self) -> tuple[DataConfig, SynthesisConfig, EvaluationConfig]:
+        """What a run on label maps has.
+
+        Raises:
+            InputError: `argument.config`, it is a run on a case table.
+        """
+        if self.data is None or self.synthesis is None or self.evaluation is None:
+            raise InputError(
+                "argument.config",
+                f"{self.name} has no [data], [synthesis] and [evaluation].",
+                hint="Name a configuration that paints lesions into label maps.",
+            )
+        return self.data, self.synthesis, self.evaluation
+
     def __post_init__(self) -> None:
+        if (self.table is None) == (self.data is None):
+            raise InputError(
+                "argument.config",
+                f"{self.name} has {'both' if self.table else 'neither'} of [table] and [data].",
+                hint="One of them is expected: cases of a table, or label maps to paint into.",
+            )
+        if self.table is None:
+            _ = self.painted
+        if self.warm_start and self.continued is None:
+            raise InputError("argument.config", "warm_start needs a stage [continued].")
         for name, rounds in self.warm_start.items():
             self._check_modality("warm_start", name)
             if rounds[:1] in ((), (name,)) or set(rounds[1:]) - {name}:
@@ -236,18 +321,31 @@ def load_config(path: str | Path) -> TrainConfig:
         InputError: `argument.config`, the file cannot be read, or a key is missing, unknown or of
             the wrong type; the text names it.
     """
+    return build(TrainConfig, read_toml(path), str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        InputError: `argument.config`, it cannot be read.
+    """
     try:
         with Path(path).open("rb") as file:
-            table = tomllib.load(file)
+            return tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise InputError("argument.config", f"{path} cannot be read as TOML: {error}.") from error
-    return _build(TrainConfig, table, str(path))
 
 
-def _build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """A frozen dataclass of a TOML table; `where` names the file in messages.
+
+    Raises:
+        InputError: `argument.config`, a key is missing, unknown or of the wrong type.
+    """
     hints = get_type_hints(cls)
-    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
-    if unknown := sorted(set(table) - set(known)):
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
+    if unknown := sorted(set(table) - known):
         raise InputError("argument.config", f"{where}: unknown key {unknown[0]!r}.")
     values = {}
     for name, value in table.items():
@@ -263,7 +361,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert(get_args(hint)[0], value, where)
     if is_dataclass(hint):
         if isinstance(value, Mapping):
-            return _build(hint, value, where)  # type: ignore[arg-type]
+            return build(hint, value, where)  # type: ignore[arg-type]
     elif get_origin(hint) is tuple:
         inner = get_args(hint)
         endless = inner[-1] is Ellipsis
@@ -273,6 +371,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
             inner = get_args(hint)[1]
             return {k: _convert(inner, item, f"{where}.{k}") for k, item in value.items()}
+    elif get_origin(hint) is Literal:
+        if value in get_args(hint):
+            return value
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     elif hint in (int, str) and type(value) is hint:

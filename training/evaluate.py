@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from .anatomy import Anatomy, Byte, Float
 from .config import TrainConfig
 from .metrics import dice
 from .synth import synthesise
+from .window import CallableEngine
 
 THRESHOLDS = np.arange(-1.0, 4.01, 0.1)
 
@@ -67,11 +67,12 @@ def held_out_case(
     config: TrainConfig, anatomies: Sequence[Anatomy], modality: str, number: int
 ) -> Case:
     """Case `number` of a modality: a whole head, a function of `config.evaluation.seed` alone."""
+    _, synthesis, evaluation = config.painted
     index = config.modalities.index(modality)
-    rng = np.random.default_rng([config.evaluation.seed, index, number])
+    rng = np.random.default_rng([evaluation.seed, index, number])
     anatomy = anatomies[number % len(anatomies)]
     grid: Any = anatomy.tissue.shape
-    sample = synthesise(anatomy, (0, 0, 0), grid, modality, config.synthesis, rng, lesion_free=0.0)
+    sample = synthesise(anatomy, (0, 0, 0), grid, modality, synthesis, rng, lesion_free=0.0)
     name = f"{modality}-{number:02d}"
     return Case(name, modality, sample.kind, sample.image, sample.lesion, anatomy.affine)
 
@@ -83,30 +84,6 @@ def write_case(case: Case, folder: Path) -> None:
     write_nifti(Volume(image, case.affine).reorient("RAS"), folder / f"{case.name}.nii.gz")
     mask = Volume(case.lesion, case.affine).reorient("RAS")
     write_nifti(mask, folder / f"{case.name}_lesion.nii.gz")
-
-
-@dataclass
-class OwnExpertEngine:
-    """One expert alone, as an engine."""
-
-    expert: UNet
-    name: str = "torch"
-    device: str = "cpu"
-    precision: str = "fp32"
-    batch: int | None = None
-    channels: int = 1
-    classes: int = 2
-    experts: int = 1
-
-    @torch.inference_mode()
-    def run(self, windows: Any, logits: Any, shares: Any = None, stream: Any = None) -> None:
-        """Fill logits (B, 2, D, H, W) with the expert's."""
-        image = torch.from_numpy(windows).contiguous(memory_format=torch.channels_last_3d)
-        levels, _ = self.expert(image, 1)
-        torch.from_numpy(logits).copy_(levels[0])
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def evaluate_case(
@@ -164,7 +141,8 @@ def evaluate(
             continue
         expert = network.experts[bundle.modalities.index(case.modality)]
         assert isinstance(expert, UNet)
-        row = evaluate_case(case, bundle, fused, OwnExpertEngine(expert), threads)
+        own = CallableEngine(lambda x, expert=expert: expert(x, 1)[0][0])  # type: ignore[misc]
+        row = evaluate_case(case, bundle, fused, own, threads)
         rows.append(row)
         with results.open("a", newline="") as file:
             csv.writer(file).writerow([*row[:3], *(f"{v:.4f}" for v in (*row[3:6], *row.baseline))])

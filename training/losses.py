@@ -23,7 +23,7 @@ def dice_ce(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
         A scalar: cross-entropy averaged over all voxels of the batch, minus the mean Dice over
         samples and foreground classes; -1 is perfect.
     """
-    target = target.long()
+    logits, target = logits.float(), target.long()
     cross_entropy = functional.cross_entropy(logits, target)
     probability = logits.softmax(dim=1)[:, 1:]
     truth = functional.one_hot(target, logits.shape[1]).movedim(-1, 1)[:, 1:].to(probability)
@@ -80,7 +80,7 @@ def curriculum_loss(
     *,
     progress: float,
     smooth: float = 1e-5,
-    batch: int | None = None,
+    own_scale: float = 1.0,
 ) -> Tensor:
     """f x (sum over samples of its own expert's loss) + (1 - f) x (loss of the fused output).
 
@@ -91,11 +91,12 @@ def curriculum_loss(
         weights: One per level, full resolution first.
         progress: epoch / total epochs, 0 to 1.
         smooth: See `dice_ce`.
-        batch: Samples of the whole batch, where these are one process's share of it and the
-            gradients of all shares are averaged by their size.
+        own_scale: Factor on the sum: 1 as in the published code; 1 / B makes it the mean, which
+            equation 2 is for one image.
 
     The specialisation term is a sum over the batch and the fused term a mean, as in the published
-    code; equation 2 of the paper is written for one image.
+    code. Where the batch is one process's share, and the gradients of all shares are averaged by
+    their size, that sum needs the factor whole / share.
     """
     targets = targets_at_levels(target, len(weights))
     share = curriculum_weight(progress)
@@ -109,8 +110,7 @@ def curriculum_loss(
         )
         for b, expert in enumerate(modality)
     ]
-    whole = (batch or len(own)) / len(own)
-    return share * whole * torch.stack(own).sum() + (1.0 - share) * fused
+    return share * own_scale * torch.stack(own).sum() + (1.0 - share) * fused
 
 
 def routing_loss(

@@ -7,7 +7,6 @@ every run. Nothing is trained on a real lesion.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ from .anatomy import (
     smooth_field,
 )
 from .config import ModalitySynthesis, Range, SynthesisConfig
+from .lesions import Blob, ball, band, blob, centres, shares
+from .scanner import thick_slices
 
 Mask = NDArray[np.bool_]
 GREY = tuple(name for name in TISSUES if name not in WHITE and name not in FLUID)
@@ -212,62 +213,6 @@ _ARTEFACTS = (
 )
 
 
-@dataclass(frozen=True)
-class _Blob:
-    """One focus: where it is and how much of each voxel it covers (0 to 1)."""
-
-    box: tuple[slice, ...]
-    alpha: Float
-    distance: Float  # 1 at the contour, 0 at the centre
-
-
-def _blob(allowed: Mask, centre: NDArray[np.int64], voxels: int, rng: np.random.Generator) -> _Blob:
-    """A noisy ellipsoid of exactly `voxels` allowed voxels (fewer where they do not fit)."""
-    radius = (3 * voxels / (4 * np.pi)) ** (1 / 3)
-    reach = int(2.2 * radius) + 3
-    box = tuple(
-        slice(max(0, int(c) - reach), min(size, int(c) + reach + 1))
-        for c, size in zip(centre, allowed.shape, strict=True)
-    )
-    axes = [
-        np.arange(s.start, s.stop, dtype=np.float32) - c for s, c in zip(box, centre, strict=True)
-    ]
-    stretch = rng.uniform(0.7, 1.4, 3)
-    directions = np.linalg.qr(rng.standard_normal((3, 3)))[0] / stretch[:, None]
-    square = np.zeros([len(axis) for axis in axes], np.float32)
-    for row in directions.astype(np.float32):
-        z, y, x = (row[k] * axes[k] for k in range(3))
-        square += (z[:, None, None] + y[None, :, None] + x[None, None, :]) ** 2
-    wobble = smooth_field(rng, square.shape, max(2.0, radius / 1.5), rng.uniform(0.05, 0.3))
-    distance = (np.sqrt(square) / np.float32(radius) * np.exp(wobble)).astype(np.float32)
-    inside = distance[allowed[box]]
-    if not inside.size:
-        return _Blob(box, np.zeros_like(distance), distance)
-    rank = min(voxels, inside.size) - 1
-    contour = max(float(np.partition(inside, rank)[rank]), 1e-3)
-    edge_mm = rng.uniform(0.25, 0.9)
-    slope = np.clip((contour - distance) * radius / edge_mm, -30, 30)
-    alpha = (1 / (1 + np.exp(-slope))).astype(np.float32)
-    return _Blob(box, np.where(allowed[box], alpha, 0), distance / np.float32(contour))
-
-
-def _centres(
-    weight: Float | Mask, count: int, rng: np.random.Generator
-) -> Iterator[NDArray[np.int64]]:
-    """Voxels drawn with probability proportional to `weight`; none where it is zero everywhere."""
-    total = np.cumsum(weight.ravel(), dtype=np.float64)
-    if total[-1] <= 0:
-        return
-    for flat in np.searchsorted(total, rng.uniform(0, total[-1], count), side="right"):
-        yield np.array(np.unravel_index(min(int(flat), weight.size - 1), weight.shape))
-
-
-def _shares(voxels: int, count: int, rng: np.random.Generator) -> list[int]:
-    """Split a volume into `count` unequal foci of 15 voxels or more."""
-    parts = rng.dirichlet(np.ones(count)) * voxels
-    return [int(part) for part in parts if part >= 15] or [voxels]
-
-
 def _brightness(
     part: str, contrast: ModalitySynthesis, means: Float, rng: np.random.Generator
 ) -> np.float32:
@@ -278,7 +223,7 @@ def _brightness(
 
 
 def _paint_foci(
-    foci: list[_Blob], level: np.float32, shape: tuple[int, ...], rng: np.random.Generator
+    foci: list[Blob], level: np.float32, shape: tuple[int, ...], rng: np.random.Generator
 ) -> tuple[Float, Float]:
     """Cover and brightness of foci that vary by a few percent, between and inside them."""
     alpha = np.zeros(shape, np.float32)
@@ -303,26 +248,13 @@ def _multiple_sclerosis(
     foci = []
     if rng.random() < 0.5:
         band_voxels = int(voxels * rng.uniform(0.2, 0.6))
-        foci += _band(head, allowed, band_voxels, rng)
+        foci += band(head, allowed, band_voxels, rng)
         voxels -= band_voxels
     count = int(np.exp(rng.uniform(0, np.log(1 + min(12, voxels / 60)))))
-    parts = _shares(voxels, count, rng)
-    for centre, part in zip(_centres(density, len(parts), rng), parts, strict=False):
-        foci.append(_blob(allowed, centre, part, rng))
+    parts = shares(voxels, count, rng)
+    for centre, part in zip(centres(density, len(parts), rng), parts, strict=False):
+        foci.append(blob(allowed, centre, part, rng))
     return _paint_foci(foci, _brightness("ms", contrast, means, rng), allowed.shape, rng)
-
-
-def _band(head: Head, allowed: Mask, voxels: int, rng: np.random.Generator) -> list[_Blob]:
-    near = allowed & (head.ventricle_mm < 14)
-    score = head.ventricle_mm * np.exp(smooth_field(rng, allowed.shape, 12.0, 0.8))
-    inside = score[near]
-    if inside.size < 15:
-        return []
-    contour = np.partition(inside, min(voxels, inside.size) - 1)[min(voxels, inside.size) - 1]
-    slope = np.clip((contour - score) / np.float32(rng.uniform(0.25, 0.9)), -30, 30)
-    alpha = np.where(near, 1 / (1 + np.exp(-slope)), 0).astype(np.float32)
-    everywhere = tuple(slice(0, size) for size in allowed.shape)
-    return [_Blob(everywhere, alpha, score)]
 
 
 def _infarct(
@@ -335,23 +267,17 @@ def _infarct(
     """One territory with or without satellites, or foci clustered around a first one."""
     allowed = head.parenchyma
     count = 1 + int(rng.integers(0, 4)) if voxels > 1000 else 1 + int(rng.integers(0, 2))
-    parts = sorted(_shares(voxels, count, rng), reverse=True)
+    parts = sorted(shares(voxels, count, rng), reverse=True)
     foci = []
     first: NDArray[np.int64] | None = None
     for part in parts:
         weight: Float | Mask = allowed
         if first is not None and rng.random() < 0.6:
-            weight = allowed & _ball(allowed.shape, first, 25.0)
-        for centre in _centres(weight, 1, rng):
+            weight = allowed & ball(allowed.shape, first, 25.0)
+        for centre in centres(weight, 1, rng):
             first = centre if first is None else first
-            foci.append(_blob(allowed, centre, part, rng))
+            foci.append(blob(allowed, centre, part, rng))
     return _paint_foci(foci, _brightness("infarct", contrast, means, rng), allowed.shape, rng)
-
-
-def _ball(shape: tuple[int, ...], centre: NDArray[np.int64], radius: float) -> Mask:
-    axes = np.ogrid[tuple(slice(0, size) for size in shape)]
-    square = sum((axis - c) ** 2 for axis, c in zip(axes, centre, strict=True))
-    return np.asarray(square <= radius**2)
 
 
 def _tumour(
@@ -365,7 +291,7 @@ def _tumour(
     allowed = head.parenchyma
     shape = allowed.shape
     weight = allowed * np.where(head.among("white matter"), np.float32(1), np.float32(0.2))
-    foci = [_blob(allowed, centre, voxels, rng) for centre in _centres(weight, 1, rng)]
+    foci = [blob(allowed, centre, voxels, rng) for centre in centres(weight, 1, rng)]
     alpha, brightness = _paint_foci(foci, _brightness("oedema", contrast, means, rng), shape, rng)
     solid, necrosis, rim = rng.random() < 0.75, rng.random() < 0.6, rng.random() < 0.6
     for focus in foci:
@@ -404,27 +330,11 @@ def _acquire(
     image = ndimage.gaussian_filter(image, rng.uniform(*config.blur_mm))
     if rng.random() < contrast.thick_slices:
         axis, thickness = int(rng.integers(0, 3)), int(rng.integers(2, 6))
-        image = _thick_slices(image, axis, thickness, int(rng.integers(0, thickness)))
+        image = thick_slices(image, axis, thickness, int(rng.integers(0, thickness)))
     if rng.random() < 0.8:
         image = np.where(head.tissue > 0, image, 0)
     power = _uniform(rng, (0.78, 1.28)) if rng.random() < 0.3 else np.float32(1.0)
     return np.maximum(image, 0) ** power, power
-
-
-def _thick_slices(image: Float, axis: int, thickness: int, phase: int) -> Float:
-    """Average slabs along an axis, then linear interpolation between slab centres."""
-    size = image.shape[axis]
-    edges = np.unique(np.clip(np.arange(-phase, size + thickness, thickness), 0, size))
-    slabs = np.diff(edges)
-    sums = np.add.reduceat(image, edges[:-1], axis=axis)
-    means = np.moveaxis(sums, axis, -1) / slabs.astype(np.float32)
-    middle = (edges[:-1] + edges[1:] - 1) / 2
-    where = np.interp(np.arange(size), middle, np.arange(len(middle)))
-    lower = np.minimum(where.astype(np.int64), max(len(middle) - 2, 0))
-    upper = np.minimum(lower + 1, len(middle) - 1)
-    weight = (where - lower).astype(np.float32)
-    linear = means[..., lower] * (1 - weight) + means[..., upper] * weight
-    return np.ascontiguousarray(np.moveaxis(linear, -1, axis), np.float32)
 
 
 def _zscore(image: Float, head: Head, means: Float, sds: Float, rng: np.random.Generator) -> Float:

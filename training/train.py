@@ -1,303 +1,278 @@
-"""Three stages: the experts, the gate, all networks jointly; each resumes where it stopped.
+"""The one loop that trains every system here, and resumes at any kill to the same loss curve.
 
-Experts, then all networks, is the published order. The gate stage between them is ours: it teaches
-the gate which modality it looks at. The published gate learns from the fused loss alone, in 800
-epochs; the few hundred steps of a demonstration are too few for that.
-
-A run folder holds `experts/<modality>.safetensors`, `joint/gate.safetensors`, then
-`joint/checkpoint.safetensors` and `run.json`; `mome import RUN -o BUNDLE` makes a bundle of it.
-Patches are drawn from seeds (run, stage, step), so a resumed run sees the patches that an
-uninterrupted one would have seen. Under torchrun the processes share every batch and step with the
-mean of their gradients.
+A run of the loop keeps two files beside each other: `<name>.latest.safetensors`, everything that is
+needed to go on (weights, optimiser, epoch, log), replaced after every epoch, and `<name>.csv`, the
+log. With validation there is `<name>.best.safetensors` too, the weights of the best epoch. Patches
+are a function of seeds and step alone, so a resumed run sees what an uninterrupted one would have
+seen. Under torchrun the processes share every batch and step with the mean of their gradients.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
+import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from mome_sdk.errors import BundleError, InputError
+from mome_sdk.errors import BundleError, EngineError, InputError
 from mome_sdk.files import write_file
-from mome_sdk.network import MoME, UNet
+from mome_sdk.sliding_window import SlidingWindow
 
-from .anatomy import Anatomy
-from .config import LossConfig, StageConfig, TrainConfig
-from .losses import (
-    curriculum_loss,
-    deep_supervision,
-    level_weights,
-    routing_loss,
-    targets_at_levels,
-)
-from .patches import PatchSource, batch_of, load_anatomies, patch_source
+from .batch import Batch, Patch, PatchSource, batch_of
+from .config import StageConfig
+from .system import System
 
 CLIP_NORM = 12.0  # nnU-Net 2.2; the joint stage clips the gate only (published trainer)
-JOINT_STREAM, GATE_STREAM = 100, 300  # of seeds; a round of an expert has 1 + index + 10 x round
 POLY_POWER = 0.9
-SAVE_EVERY = 50
+EMA_DECAY = 0.9  # of the pseudo-Dice: nnU-Net 2.2
+COLUMNS = ("epoch", "lr", "loss", "pseudo_dice", "ema_pseudo_dice", "seconds")
 
 
-class ExpertLoss(nn.Module):
-    """One expert with its auxiliary tissue head; the head is thrown away after training."""
+class Groups(NamedTuple):
+    """parameters: optimiser groups with an lr each; clipped: whose gradient norm is limited."""
 
-    def __init__(
-        self, expert: UNet, features: int, weights: Sequence[float], loss: LossConfig
-    ) -> None:
-        super().__init__()
-        self.expert = expert
-        self.tissue_head = nn.Conv3d(features, 4, 1)
-        self.loss = loss
-        self.weights = weights
-        self.last_features: Tensor | None = None
-        expert.decoder.stages[-1].register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: object, output: Tensor) -> None:
-        self.last_features = output
-
-    def forward(self, image: Tensor, lesion: Tensor, tissue: Tensor) -> Tensor:
-        outputs, _ = self.expert(image, self.loss.levels)
-        targets = targets_at_levels(lesion, self.loss.levels)
-        loss = deep_supervision(outputs, targets, self.weights, smooth=self.loss.dice_smooth)
-        if self.loss.tissue_weight > 0:
-            assert self.last_features is not None
-            tissue_loss = functional.cross_entropy(self.tissue_head(self.last_features), tissue)
-            loss = loss + self.loss.tissue_weight * tissue_loss
-        return loss
+    parameters: Sequence[dict[str, Any]]
+    clipped: nn.Module
 
 
-def train_expert(
-    config: TrainConfig, modality: str, anatomies: Sequence[Anatomy], run: Path
+@dataclass
+class _State:
+    """Where a run is; everything but tensors goes through JSON."""
+
+    epoch: int = 0
+    ema: float | None = None
+    best: float | None = None
+    log: list[list[float | None]] = field(default_factory=list)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    system: System,
+    stage: StageConfig,
+    source: PatchSource,
+    where: Path,
+    *,
+    groups: Groups | None = None,
+    validation: PatchSource | None = None,
 ) -> None:
-    """Stage 1: one expert alone on its modality; writes `experts/<modality>.safetensors`.
+    """Train a system to the end of its schedule; go on where an earlier call was interrupted.
 
-    With a `warm_start` it has one round for each entry, of which all but the last leave
-    `experts/<modality>-<number>.safetensors`, numbered from 1. The learning rate restarts.
-
-    Raises:
-        BundleError: `bundle.missing`, the expert to start from is not finished.
-    """
-    if _finished(run / "experts" / f"{modality}.safetensors"):
-        return
-    starts = config.warm_start.get(modality, ())
-    names = [*(f"{modality}-{number}" for number in range(1, len(starts))), modality]
-    stage = config.continued if starts else config.experts
-    for number, name in enumerate(names):
-        if _finished(run / "experts" / f"{name}.safetensors"):
-            continue
-        index = config.modalities.index(modality)
-        torch.manual_seed(config.seed * 10 + index)
-        arch = config.architecture
-        expert = UNet(arch, arch.in_channels, arch.classes)
-        if starts:
-            start = names[number - 1] if number else starts[0]
-            expert.load_state_dict(_load_expert(run, start))
-        source = patch_source(config, stage, anatomies, [index], 1 + index + 10 * number)
-        _train_alone(expert, source, config, stage, run / "experts" / name)
-
-
-def _train_alone(
-    expert: UNet, source: PatchSource, config: TrainConfig, stage: StageConfig, where: Path
-) -> None:
-    features = config.architecture.features[0]
-    model = ExpertLoss(expert, features, _level_weights(config), config.loss)
-    groups = [{"params": list(model.parameters()), "lr": stage.lr}]
-
-    def loss_of(step: int) -> Tensor:
-        images, lesions, tissues, _ = batch_of(source, step, _share(stage.batch))
-        loss: Tensor = model(images, lesions, tissues)
-        return loss
-
-    _optimise(model, model, groups, stage, loss_of, where)
-    _save_tensors(expert, where.with_suffix(".safetensors"))
-
-
-def train_gate(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) -> None:
-    """Stage 2, ours: the gate alone learns whose image it sees; writes `joint/gate.safetensors`.
-
-    Its maps learn to be 1 for the expert of the image's modality and 0 for the others, everywhere
-    (`routing_loss`). It starts from an expert's weights. The experts stay as they are, and only
-    their first stages are computed, which is what makes a step cheap.
+    Args:
+        system: Its network has the stage's result when this returns.
+        stage: The schedule.
+        source: (step, number in the batch) -> patch.
+        where: Path of the run's files without suffix.
+        groups: All parameters with the stage's learning rate, and all clipped, if not given.
+        validation: Patches for the pseudo-Dice, if the stage has validation batches.
 
     Raises:
-        BundleError: `bundle.missing`, an expert is not finished.
-        InputError: `argument.config`, the configuration has no gate stage.
+        InputError: `argument.config`, a batch cannot be shared by the processes of torchrun, or the
+            precision is not there on this device.
+        EngineError: `engine.diverged`, the loss is not a number any more.
     """
-    stage, where = config.gate, run / "joint" / "gate"
-    if stage is None:
-        raise InputError("argument.config", "The configuration has no [gate] to train.")
-    if _finished(where.with_suffix(".safetensors")):
-        return
-    model = _with_experts(config, run)
-    model.experts.requires_grad_(False)
-    _start_from_expert(model, config.modalities.index(stage.start))
-    groups = [{"params": list(model.gate.parameters()), "lr": stage.lr}]
-    weights = _level_weights(config)
-    source = patch_source(config, stage, anatomies, range(model.arch.experts), GATE_STREAM)
-
-    def loss_of(step: int) -> Tensor:
-        images, _, _, modalities = batch_of(source, step, _share(stage.batch))
-        return routing_loss(model.gates(images, len(weights)), modalities.tolist(), weights)
-
-    _optimise(model.gate, model.gate, groups, stage, loss_of, where)
-    _save_tensors(model.gate, where.with_suffix(".safetensors"))
-
-
-def train_joint(config: TrainConfig, anatomies: Sequence[Anatomy], run: Path) -> None:
-    """Stage 3: all networks under the curriculum loss; writes `joint/checkpoint.safetensors`.
-
-    In the first `warm_up` steps only the gate learns, from the fused loss; then the curriculum runs
-    from the experts' own losses to the fused loss (paper, equation 2).
-
-    Raises:
-        BundleError: `bundle.missing`, an expert or the gate is not finished.
-    """
-    finished = run / "joint" / "checkpoint.safetensors"
-    if _finished(finished):
-        return
-    stage = config.joint
-    model = _with_experts(config, run)
-    if config.gate is None:
-        _start_as_average(model)
+    network, device = system.network, _device()
+    network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    groups = groups or Groups([{"params": list(network.parameters()), "lr": stage.lr}], network)
+    optimizer, base = _optimizer(groups, stage), [group["lr"] for group in groups.parameters]
+    scaler = torch.amp.GradScaler(device.type, enabled=stage.amp == "fp16")
+    average = _Average(network, stage.average)
+    _check(stage, device)
+    state = _resume(network, optimizer, average, where)
+    if state.scaler:
+        scaler.load_state_dict(state.scaler)
+    with _board(where, state) as board, _bar(where, stage, state) as bar:
+        for epoch in range(state.epoch, stage.epochs):
+            rate = (1 - epoch / stage.epochs) ** POLY_POWER
+            for group, lr in zip(optimizer.param_groups, base, strict=True):
+                group["lr"] = lr * rate
+            started, losses = time.monotonic(), []
+            for step in range(epoch * stage.iterations, (epoch + 1) * stage.iterations):
+                batch = _to(batch_of(source, step, _share(stage.batch)), device)
+                optimizer.zero_grad(set_to_none=True)
+                torch.manual_seed(step * processes() + _rank())  # for a loss that draws
+                with _autocast(stage, device):
+                    loss = system.loss(batch, epoch / stage.epochs)
+                scaler.scale(loss).backward()
+                losses.append(_share_gradients(network, loss.detach(), stage.batch))
+                _check_finite(losses[-1], where, step)
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(groups.clipped.parameters(), CLIP_NORM)
+                scaler.step(optimizer)
+                scaler.update()
+                average.add(network)
+                bar.update()
+            score = _pseudo_dice(system, stage, validation, epoch) if validation else None
+            state.ema = _smoothed(state.ema, score)
+            seconds = time.monotonic() - started
+            mean = float(np.mean(losses))
+            state.log.append([epoch, stage.lr * rate, mean, score, state.ema, seconds])
+            state.epoch, state.scaler = epoch + 1, scaler.state_dict()
+            if score is not None and (state.best is None or _at_least(state.ema, state.best)):
+                state.best = state.ema
+                save_weights(average.weights(network), where.with_name(f"{where.name}.best"))
+            _save_state(network, optimizer, average, state, where)
+            _report(where, state, board, bar)
+    if stage.checkpoint == "best":
+        network.load_state_dict(load_weights(where.with_name(f"{where.name}.best"), "The best"))
     else:
-        gate = _load(run / "joint" / "gate.safetensors", "The gate", "gate stage")
-        model.gate.load_state_dict(gate)
-    groups = [
-        {"params": list(model.experts.parameters()), "lr": stage.lr},
-        {"params": list(model.gate.parameters()), "lr": stage.gate_lr},
-    ]
-    weights = _level_weights(config)
-    source = patch_source(config, stage, anatomies, range(model.arch.experts), JOINT_STREAM)
+        network.load_state_dict(average.weights(network))
+    network.to("cpu")
 
-    def loss_of(step: int) -> Tensor:
-        frozen = step < stage.warm_up
-        model.experts.requires_grad_(not frozen)
-        progress = 1.0 if frozen else (step - stage.warm_up) / (stage.steps - stage.warm_up)
-        images, lesions, _, modalities = batch_of(source, step, _share(stage.batch))
-        return curriculum_loss(
-            model(images, len(weights)),
-            lesions,
-            modalities.tolist(),
-            weights,
-            progress=progress,
-            smooth=config.loss.dice_smooth,
-            batch=stage.batch,
+
+def pseudo_dice(found: Sequence[NDArray[Any]], truth: Sequence[NDArray[Any]]) -> float | None:
+    """2 TP / (2 TP + FP + FN) of all patches together; None if there is no voxel of either.
+
+    nnU-Net's running measure: of patches that prefer the foreground, so above the Dice of images.
+    """
+    pairs = [(f != 0, t != 0) for f, t in zip(found, truth, strict=True)]
+    both = sum(int((f & t).sum()) for f, t in pairs)
+    total = sum(int(f.sum()) + int(t.sum()) for f, t in pairs)
+    return 2 * both / total if total else None
+
+
+def _pseudo_dice(
+    system: System, stage: StageConfig, source: PatchSource, epoch: int
+) -> float | None:
+    first, found, truth = epoch * stage.validation, [], []
+    for step in range(first, first + stage.validation):
+        for number in range(stage.batch):
+            patch = source(step, number)
+            found.append(segment_patch(system, patch))
+            truth.append(patch.lesion.numpy())
+    return pseudo_dice(found, truth)
+
+
+def segment_patch(system: System, patch: Patch) -> NDArray[np.uint8]:
+    """The mask (D, H, W) of a patch, as one window."""
+    depth, height, width = patch.lesion.shape
+    window = SlidingWindow((depth, height, width), threads=1)
+    image, lesion = patch.image.numpy(), patch.lesion.numpy()
+    return system.segment(np.ascontiguousarray(image), patch.origin, window, lesion)
+
+
+def _smoothed(ema: float | None, score: float | None) -> float | None:
+    if score is None or ema is None:
+        return ema if score is None else score
+    return EMA_DECAY * ema + (1 - EMA_DECAY) * score
+
+
+def _at_least(ema: float | None, best: float) -> bool:
+    return ema is not None and ema > best
+
+
+# ---- one step
+
+
+def _device() -> torch.device:
+    """The GPU of this process where there is one: torchrun gives each its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", _rank() % torch.cuda.device_count())
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    tissues = None if batch.tissues is None else batch.tissues.to(device)
+    return Batch(batch.images.to(device), batch.lesions.to(device), batch.origins, tissues)
+
+
+def _autocast(stage: StageConfig, device: torch.device) -> Any:
+    if stage.amp == "off":
+        return nullcontext()
+    dtype = torch.bfloat16 if stage.amp == "bf16" else torch.float16
+    return torch.autocast(device.type, dtype)
+
+
+def _check(stage: StageConfig, device: torch.device) -> None:
+    if stage.batch < processes():
+        raise InputError(
+            "argument.config",
+            f"A batch of {stage.batch} cannot be shared by {processes()} processes.",
+            hint="Start as many as the smallest batch of the configuration, or fewer.",
+        )
+    if stage.amp == "fp16" and device.type != "cuda":
+        raise InputError(
+            "argument.config",
+            "Training in fp16 needs a CUDA device, and there is none.",
+            hint='Set amp = "off" or "bf16" in the configuration.',
         )
 
-    _optimise(model, model.gate, groups, stage, loss_of, run / "joint" / "train")
-    if _rank() == 0:
-        _write_record(config, run)
-    _save_tensors(model, finished)
+
+def _check_finite(loss: float, where: Path, step: int) -> None:
+    if not np.isfinite(loss):
+        raise EngineError(
+            "engine.diverged",
+            f"The loss of {where.name} is {loss} at step {step}.",
+            hint='Lower the learning rate, or set amp = "off"; the last whole epoch is kept.',
+        )
 
 
-def _with_experts(config: TrainConfig, run: Path) -> MoME:
-    """The network with its trained experts; the gate is random."""
-    torch.manual_seed(config.seed)
-    model = MoME(config.architecture)
-    for expert, modality in zip(model.experts, config.modalities, strict=True):
-        expert.load_state_dict(_load_expert(run, modality))
-    return model
+def _optimizer(groups: Groups, stage: StageConfig) -> torch.optim.Optimizer:
+    parameters = list(groups.parameters)
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=stage.lr, momentum=0.99, nesterov=True, weight_decay=stage.weight_decay
+        )
+    return torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=stage.weight_decay)
 
 
-def _level_weights(config: TrainConfig) -> list[float]:
-    """One for every level with a loss; the last is 0 where they are all levels, as published."""
-    levels = config.loss.levels
-    return level_weights(levels, drop_coarsest=levels == config.architecture.stages - 1)
+class _Average:
+    """A running mean of the weights; of no effect with a decay of 0."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.mean = {k: v.clone() for k, v in network.state_dict().items()} if decay else {}
+
+    @torch.no_grad()
+    def add(self, network: nn.Module) -> None:
+        for name, value in network.state_dict().items() if self.decay else ():
+            self.mean[name].lerp_(value, 1 - self.decay)
+
+    def weights(self, network: nn.Module) -> Mapping[str, Tensor]:
+        return self.mean if self.decay else network.state_dict()
 
 
-def _start_from_expert(model: MoME, index: int) -> None:
-    """The gate takes over an expert's weights, and starts as the average of all.
-
-    Of its first convolution that is the image's part; the part that sees the experts' features
-    keeps a tenth of its random weights.
-    """
-    gate = model.gate.state_dict()
-    first, images = "encoder.stages.0.0.convs.0.conv.weight", model.arch.in_channels
-    for name, weight in model.experts[index].state_dict().items():
-        if gate[name].shape == weight.shape:
-            gate[name].copy_(weight)
-        elif name == first:
-            gate[first][:, :images] = weight
-            gate[first][:, images:] *= 0.1
-    _start_as_average(model)
-
-
-def _start_as_average(model: MoME) -> None:
-    """Gate heads near zero with bias 1 / E: the fused output starts as the mean of the experts."""
-    for head in model.gate.decoder.seg_layers:
-        assert isinstance(head, nn.Conv3d)
-        assert head.bias is not None
-        nn.init.normal_(head.weight, std=0.02)
-        nn.init.constant_(head.bias, 1.0 / model.arch.experts)
-
-
-def _optimise(
-    model: nn.Module,
-    clipped: nn.Module,
-    groups: list[dict[str, Any]],
-    stage: StageConfig,
-    loss_of: Callable[[int], Tensor],
-    where: Path,
-) -> None:
-    """The loop: poly learning rate, clipped gradients, a log line and a state every so often."""
-    model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    optimizer = _optimizer(groups, stage)
-    base = [group["lr"] for group in optimizer.param_groups]
-    first = _resume(model, optimizer, where.with_suffix(".state.pt"))
-    started, losses = time.monotonic(), []
-    for step in range(first, stage.steps):
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * (1 - step / stage.steps) ** POLY_POWER
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(step)
-        loss.backward()
-        losses.append(_average(model, loss.detach(), stage.batch))
-        nn.utils.clip_grad_norm_(clipped.parameters(), CLIP_NORM)
-        optimizer.step()
-        if len(losses) == SAVE_EVERY or step + 1 == stage.steps:
-            if _rank() == 0:
-                seconds = (time.monotonic() - started) / len(losses)
-                _log(where, step + 1, float(np.mean(losses)), seconds)
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                _save_state(where.with_suffix(".state.pt"), {**state, "step": step + 1})
-            started, losses = time.monotonic(), []
+# ---- processes
 
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _processes() -> int:
+def processes() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _share(batch: int) -> range:
     """The patches of a batch that are this process's."""
-    return range(_rank(), batch, _processes())
+    return range(_rank(), batch, processes())
 
 
-def _average(model: nn.Module, loss: Tensor, batch: int) -> float:
+def _share_gradients(network: nn.Module, loss: Tensor, batch: int) -> float:
     """The loss of the whole batch; its gradients take the place of those of this process's share.
 
     Both are the mean over processes, each weighted with its share of the batch. Every process has
     gradients for the same parameters: which ones, depends on the step alone.
     """
-    if _processes() == 1:
+    if processes() == 1:
         return float(loss)
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
     flat = torch.cat([loss.reshape(1), *(gradient.flatten() for gradient in gradients)])
     flat *= len(_share(batch)) / batch
     dist.all_reduce(flat)
@@ -307,38 +282,28 @@ def _average(model: nn.Module, loss: Tensor, batch: int) -> float:
     return float(flat[0])
 
 
-def _optimizer(groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
-    if stage.optimizer == "sgd":
-        return torch.optim.SGD(
-            groups, lr=stage.lr, momentum=0.99, nesterov=True, weight_decay=stage.weight_decay
-        )
-    return torch.optim.AdamW(groups, lr=stage.lr, weight_decay=stage.weight_decay)
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Connect the processes that torchrun started; without torchrun there is nothing to do."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
-def _resume(model: nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> int:
-    if not path.exists():
-        return 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def _save_state(path: Path, state: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
-def _save_tensors(model: nn.Module, path: Path) -> None:
+def first_process(write: Callable[[], None]) -> None:
+    """Write a file in one process; all go on when it is there."""
     if _rank() == 0:
-        tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
-        write_file(path, save(tensors))
-    _meet()  # the next stage of every process reads the file
+        write()
+    _meet()
 
 
-def _finished(path: Path) -> bool:
-    """Whether the file is there, with the same answer in all processes."""
+def finished(path: Path) -> bool:
+    """Whether a file is there, with the same answer in all processes."""
     there = path.exists()
     _meet()  # none writes it before all have looked
     return there
@@ -349,98 +314,116 @@ def _meet() -> None:
         dist.barrier()
 
 
-def _load_expert(run: Path, name: str) -> dict[str, Tensor]:
-    path = run / "experts" / f"{name}.safetensors"
-    return _load(path, f"Expert {name}", f"experts stage for {name}")
+# ---- files
 
 
-def _load(path: Path, what: str, stage: str) -> dict[str, Tensor]:
-    if not path.exists():
-        raise BundleError(
-            "bundle.missing",
-            f"{what} is not trained yet: {path} does not exist.",
-            hint=f"Run the {stage} first.",
-        )
-    return load_file(path)
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write `<path>.safetensors`, whole or not at all."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    first_process(lambda: write_file(Path(f"{path}.safetensors"), save(tensors)))
 
 
-def _log(where: Path, step: int, loss: float, seconds: float) -> None:
-    with where.with_suffix(".csv").open("a", newline="") as file:
-        csv.writer(file).writerow([step, f"{loss:.5f}", f"{seconds:.3f}"])
-    print(f"{where.name}: step {step}, loss {loss:.4f}, {seconds:.2f} s a step", file=sys.stderr)
-
-
-def _write_record(config: TrainConfig, run: Path) -> None:
-    record = {
-        "name": config.name,
-        "architecture": dataclasses.asdict(config.architecture),
-        "patch": config.patch,
-        "modalities": config.modalities,
-        "licence": config.licence,
-        "notice": config.notice,
-        "training": {
-            "data": "synthetic lesions painted into anatomical label maps",
-            "seed": config.seed,
-            "train": config.data.train,
-            "held_out": config.data.held_out,
-            "expert_order": "order by training configuration",
-            "expert_steps": config.experts.steps,
-            "continued_steps": config.continued.steps,
-            "warm_start": config.warm_start,
-            "gate_steps": config.gate.steps if config.gate else 0,
-            "joint_steps": config.joint.steps,
-            "torch": torch.__version__.split("+")[0],
-        },
-    }
-    write_file(run / "run.json", (json.dumps(record, indent=1) + "\n").encode())
-
-
-def train(
-    config: TrainConfig, labelmaps: Path, run: Path, *, stage: str, experts: Iterable[str]
-) -> None:
-    """Run a stage ("experts", "gate", "joint" or "all") into a run folder.
-
-    Args:
-        config: Of the run.
-        labelmaps: Folder of the label maps that `config.data` names.
-        run: Folder of the results; what is finished in it is not trained again.
-        stage: Which part.
-        experts: The modalities that the experts stage trains, in this order; two processes may
-            share a run folder if they train different experts.
+def load_weights(path: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of `<path>.safetensors`.
 
     Raises:
-        BundleError: `bundle.missing`, an expert or a gate that is needed is not finished.
-        InputError: `argument.config`, a batch has fewer patches than torchrun started processes, or
-            there is no gate stage to run.
+        BundleError: `bundle.missing`, `what` is not trained yet.
     """
-    for folder in ("experts", "joint"):
-        (run / folder).mkdir(parents=True, exist_ok=True)
-    anatomies = load_anatomies(config, labelmaps)
-    with _process_group(config):
-        if stage in ("experts", "all"):
-            for modality in experts:
-                train_expert(config, modality, anatomies, run)
-        if stage == "gate" or (stage == "all" and config.gate):
-            train_gate(config, anatomies, run)
-        if stage in ("joint", "all"):
-            train_joint(config, anatomies, run)
+    file = Path(f"{path}.safetensors")
+    if not file.exists():
+        raise BundleError(
+            "bundle.missing",
+            f"{what} is not trained yet: {file} does not exist.",
+            hint="Run the stage that trains it first.",
+        )
+    return _read(file)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def _latest(where: Path) -> Path:
+    return where.with_name(f"{where.name}.latest.safetensors")
+
+
+def _save_state(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: _Average,
+    state: _State,
+    where: Path,
+) -> None:
+    """One file, so that its parts cannot be of two epochs."""
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "weight": network.state_dict(),
+        "average": average.mean,
+        **{f"optimizer.{i}": each for i, each in optimizer.state_dict()["state"].items()},
+    }
+    tensors = {
+        f"{part}/{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for part, values in parts.items()
+        for name, value in values.items()
+    }
+    said = json.dumps(asdict(state))
+    first_process(lambda: write_file(_latest(where), save(tensors, {"state": said})))
+
+
+def _resume(
+    network: nn.Module, optimizer: torch.optim.Optimizer, average: _Average, where: Path
+) -> _State:
+    if not finished(_latest(where)):
+        return _State()
+    tensors, said = _read(_latest(where))
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        part, _, key = name.partition("/")
+        parts.setdefault(part, {})[key] = value
+    network.load_state_dict(parts.pop("weight"))
+    average.mean.update(parts.pop("average", {}))
+    kept = {int(part.partition(".")[2]): values for part, values in parts.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
+    return _State(**json.loads(said["state"]))
+
+
+# ---- what is seen of it
+
+
+def _report(where: Path, state: _State, board: SummaryWriter | None, bar: Any) -> None:
+    if board is None:
+        return
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    for row in state.log:
+        writer.writerow(["" if v is None else round(v, 6) for v in row])
+    write_file(where.with_name(f"{where.name}.csv"), text.getvalue().encode())
+    values = dict(zip(COLUMNS, state.log[-1], strict=True))
+    for name in ("lr", "loss", "pseudo_dice", "ema_pseudo_dice"):
+        if values[name] is not None:
+            board.add_scalar(name, values[name], state.epoch)
+    bar.set_postfix_str(f"loss {values['loss']:.4f}")
+    if bar.disable:  # no terminal: plain lines
+        print(f"{where.name}: epoch {state.epoch}, loss {values['loss']:.4f}", file=sys.stderr)
 
 
 @contextmanager
-def _process_group(config: TrainConfig) -> Iterator[None]:
-    """Connect the processes that torchrun started; without torchrun there is nothing to do."""
-    if not dist.is_torchelastic_launched():
-        yield
+def _board(where: Path, state: _State) -> Iterator[SummaryWriter | None]:
+    """TensorBoard's log of the first process; what a killed run wrote too much is hidden."""
+    if _rank() != 0:
+        yield None
         return
-    dist.init_process_group("gloo")
-    try:
-        for stage in (config.experts, config.continued, config.gate, config.joint):
-            if stage is not None and stage.batch < _processes():
-                raise InputError(
-                    "argument.config",
-                    f"A batch of {stage.batch} cannot be shared by {_processes()} processes.",
-                    hint="Start as many as the smallest batch of the configuration, or fewer.",
-                )
-        yield
-    finally:
-        dist.destroy_process_group()
+    folder = where.parent / "tensorboard" / where.name
+    with SummaryWriter(str(folder), purge_step=state.epoch + 1) as writer:
+        yield writer
+
+
+def _bar(where: Path, stage: StageConfig, state: _State) -> Any:
+    return tqdm(
+        desc=where.name,
+        total=stage.epochs * stage.iterations,
+        initial=state.epoch * stage.iterations,
+        disable=_rank() != 0 or not sys.stderr.isatty(),
+        unit="step",
+    )

@@ -10,24 +10,6 @@ from mome_sdk.errors import InputError
 from mome_sdk.training.__main__ import DEMO_CONFIG
 from mome_sdk.training.config import load_config
 
-# The demonstration model was trained without this stage.
-GATE = """[gate]
-start = "FLAIR"
-steps = 2000
-small_patch = [48, 48, 48]
-small_steps = 2000
-batch = 5
-lr = 3e-3
-optimizer = "adamw"
-weight_decay = 1e-4
-
-"""
-
-
-def with_gate() -> str:
-    return DEMO_CONFIG.read_text().replace("[joint]", GATE + "[joint]")
-
-
 def test_demo_config_has_the_five_modalities_in_expert_order():
     config = load_config(DEMO_CONFIG)
     assert config.modalities == ("T1", "T1ce", "T2", "FLAIR", "DWI")
@@ -45,8 +27,13 @@ def test_demo_config_has_the_five_modalities_in_expert_order():
         ("patch = [80, 80, 80]", "patch = [80, 80]", "patch"),
         ("noise = [0.005, 0.04]", "noise = 0.1", "noise"),
         ("seed = 2024", "seed = ", "TOML"),
-        ("gate_lr = 2e-3", "", "gate_lr"),
-        ("gate_lr = 2e-3", "gate_lr = 2e-3\nstart = 'T1'", "start"),
+        ("gate_lr = 1e-3", "", "gate_lr"),
+        ("gate_lr = 1e-3", "gate_lr = 1e-3\nstart = 'T1'", "start"),
+        ('optimizer = "adamw"', 'optimizer = "adam"', "optimizer is 'adam'"),
+        ("average = 0.99", 'checkpoint = "best"', "validation"),
+        ("small_epochs = 70", "", "small_patch and small_epochs"),
+        ("epochs = 84", "epochs = 0", "1 or more"),
+        ("[data]", "[table]\npath = 'cases.csv'\n[data]", "both of"),
         ('start = "FLAIR"', 'start = "PD"', "gate.start names 'PD'"),
         ('DWI = ["FLAIR"]', 'DWI = "FLAIR"', "warm_start.DWI"),
         ('DWI = ["FLAIR"]', 'PD = ["FLAIR"]', "warm_start names 'PD'"),
@@ -59,7 +46,7 @@ def test_demo_config_has_the_five_modalities_in_expert_order():
 )
 def test_a_wrong_key_is_named(tmp_path: Path, old: str, new: str, found: str):
     path = tmp_path / "config.toml"
-    text = with_gate()
+    text = DEMO_CONFIG.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
     with pytest.raises(InputError, match=found) as caught:
@@ -72,8 +59,20 @@ def test_experts_come_after_those_they_start_from():
 
 
 def test_the_gate_stage_may_be_left_out(tmp_path: Path):
-    assert load_config(DEMO_CONFIG).gate is None
-    (tmp_path / "config.toml").write_text(with_gate())
-    gate = load_config(tmp_path / "config.toml").gate
-    assert gate is not None
-    assert (gate.start, gate.steps) == ("FLAIR", 2000)
+    text = DEMO_CONFIG.read_text()
+    start, end = text.index("[gate]"), text.index("[joint]")
+    (tmp_path / "config.toml").write_text(text[:start] + text[end:])
+    assert load_config(tmp_path / "config.toml").gate is None
+
+
+def test_a_configuration_of_a_case_table_paints_nothing(tmp_path: Path):
+    text = DEMO_CONFIG.read_text()
+    start, end = text.index("[data]"), text.index("[loss]")
+    table = "[table]\npath = 'cases.csv'\nspace = 'native'\n\n"
+    synthesis = text.index("# The first seed")
+    (tmp_path / "config.toml").write_text(text[:start] + table + text[end:synthesis])
+    config = load_config(tmp_path / "config.toml")
+    assert config.table is not None
+    assert (config.table.path, config.table.space) == ("cases.csv", "native")
+    with pytest.raises(InputError, match=r"has no \[data\]"):
+        _ = config.painted

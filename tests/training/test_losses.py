@@ -93,7 +93,8 @@ def test_shares_of_a_batch_add_up_to_its_loss():
         e, g = experts[samples], gates[samples]
         output = MomeOutput([(e * g).sum(1)], [e], [g])
         own = [0, 1, 1][samples]
-        return curriculum_loss(output, target[samples], own, [1.0], progress=0.5, batch=3)
+        scale = 3 / len(own)  # whole / share
+        return curriculum_loss(output, target[samples], own, [1.0], progress=0.5, own_scale=scale)
 
     shares = 2 / 3 * loss(slice(0, 2)) + 1 / 3 * loss(slice(2, 3))
     torch.testing.assert_close(shares, loss(slice(0, 3)))

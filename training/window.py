@@ -1,0 +1,46 @@
+"""A network in PyTorch behind the sliding window of prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mome_sdk.sliding_window import SlidingWindow
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class CallableEngine:
+    """A function from windows (B, C, D, H, W) to logits (B, N, D, H, W), as an engine."""
+
+    call: Call
+    classes: int = 2
+    channels: int = 1
+    experts: int = 1
+    name: str = "torch"
+    device: str = "cpu"
+    precision: str = "fp32"
+    batch: int | None = None
+
+    @torch.inference_mode()
+    def run(self, windows: Any, logits: Any, shares: Any = None, stream: Any = None) -> None:
+        """Fill logits (B, N, D, H, W)."""
+        images = torch.from_numpy(windows).contiguous(memory_format=torch.channels_last_3d)
+        torch.from_numpy(logits).copy_(self.call(images))
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def segment_windows(
+    call: Call, image: NDArray[np.float32], window: SlidingWindow
+) -> NDArray[np.uint8]:
+    """The class (D, H, W) of the largest blended logit of an image (C, D, H, W)."""
+    return window.labels(CallableEngine(call, channels=len(image)), image)
