@@ -17,6 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+NOTHING = "nothing"  # what an expert may start from
 Range = tuple[float, float]
 Index3 = tuple[int, int, int]
 T = TypeVar("T")
@@ -228,8 +229,9 @@ class TrainConfig:
             held-out cases; or
         table: the cases that train. One of the two is expected.
         continued: Each round of an expert that starts from weights.
-        warm_start: Expert -> what each of its rounds starts from: first the finished weights of
-            another expert, in every further round its own ("T2": "FLAIR", "T2").
+        warm_start: Expert -> what each of its rounds starts from: first the weights of another
+            expert, finished or after a round ("T1-1"), or "nothing" (with the stage `experts`); in
+            every further round its own ("T2": "FLAIR", "T2").
         gate: The stage between experts and joint. The published training has none: without it the
             joint stage starts with a gate that knows nothing.
 
@@ -287,9 +289,11 @@ class TrainConfig:
                 raise InputError(
                     "argument.config",
                     f"warm_start.{name} is {list(rounds)}.",
-                    hint=f"Another modality is expected, then {name!r} for every further round.",
+                    hint=f"Expected: another modality, a round of it such as 'T1-1', or 'nothing'; "
+                    f"then {name!r} for every further round.",
                 )
-            self._check_modality(f"warm_start.{name}", rounds[0])
+            if rounds[0] != NOTHING:
+                self._check_modality(f"warm_start.{name}", rounds[0].partition("-")[0])
         if self.gate:
             self._check_modality("gate.start", self.gate.start)
         self.expert_order()
@@ -302,11 +306,15 @@ class TrainConfig:
                 hint=f"The modalities are: {', '.join(self.modalities)}.",
             )
 
+    def _start_of(self, name: str) -> str:
+        """The modality that an expert starts from, or `NOTHING`."""
+        return self.warm_start.get(name, (NOTHING,))[0].partition("-")[0]
+
     def expert_order(self) -> list[str]:
         """The modalities, each after the one whose expert it starts from."""
         order: list[str] = []
         while waiting := [name for name in self.modalities if name not in order]:
-            ready = [name for name in waiting if {*self.warm_start.get(name, ())[:1]} <= {*order}]
+            ready = [name for name in waiting if self._start_of(name) in {*order, NOTHING}]
             if not ready:
                 circle = ", ".join(waiting)
                 raise InputError("argument.config", f"warm_start goes in a circle: {circle}.")

@@ -25,7 +25,7 @@ from mome_sdk.files import write_file
 from mome_sdk.network import MoME
 
 from .batch import PatchSource
-from .config import JointConfig, StageConfig, TrainConfig
+from .config import NOTHING, JointConfig, StageConfig, TrainConfig
 from .dataset import Scan, as_it_is, build_cache, check_splits, read_table, registered
 from .mome import (
     Expert,
@@ -110,19 +110,19 @@ def train_expert(config: TrainConfig, modality: str, sources: SourcesOf, run: Pa
     folder = run / "experts"
     if finished(folder / f"{modality}.safetensors"):
         return
-    starts = config.warm_start.get(modality, ())
+    starts = config.warm_start.get(modality, (NOTHING,))
     names = [*(f"{modality}-{number}" for number in range(1, len(starts))), modality]
-    stage = config.continued if starts else config.experts
-    assert stage is not None
     index = config.modalities.index(modality)
-    for number, name in enumerate(names):
+    for number, (name, start) in enumerate(zip(names, starts, strict=True)):
         if finished(folder / f"{name}.safetensors"):
             continue
         torch.manual_seed(config.seed * 10 + index)
         system = Expert(config.architecture, config.loss)
-        if starts:
-            start = names[number - 1] if number else starts[0]
-            system.expert.load_state_dict(_expert(run, start))
+        stage = config.experts
+        if start != NOTHING:
+            assert config.continued is not None
+            stage = config.continued
+            system.expert.load_state_dict(_expert(run, names[number - 1] if number else start))
         training, validation = sources(stage, [index], 1 + index + 10 * number)
         fit(system, stage, training, folder / name, validation=validation)
         save_weights(system.expert.state_dict(), folder / name)

@@ -10,6 +10,7 @@ from mome_sdk.errors import InputError
 from mome_sdk.training.__main__ import DEMO_CONFIG
 from mome_sdk.training.config import load_config
 
+
 def test_demo_config_has_the_five_modalities_in_expert_order():
     config = load_config(DEMO_CONFIG)
     assert config.modalities == ("T1", "T1ce", "T2", "FLAIR", "DWI")
@@ -41,6 +42,8 @@ def test_demo_config_has_the_five_modalities_in_expert_order():
         ('DWI = ["FLAIR"]', "DWI = []", r"warm_start.DWI is \[\]"),
         ('DWI = ["FLAIR"]', 'DWI = ["DWI"]', "warm_start.DWI is"),
         ('DWI = ["FLAIR"]', 'DWI = ["FLAIR", "T1"]', "warm_start.DWI is"),
+        ('DWI = ["FLAIR"]', 'DWI = ["PD-1"]', "warm_start.DWI names 'PD'"),
+        ('DWI = ["FLAIR"]', 'DWI = ["nothing", "FLAIR"]', "warm_start.DWI is"),
         ('DWI = ["FLAIR"]', 'FLAIR = ["T2"]', "circle: T2, FLAIR"),
     ],
 )
