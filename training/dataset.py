@@ -59,8 +59,12 @@ class Scan:
 
     @property
     def name(self) -> str:
-        """Data set and file: one of a kind in a table."""
-        return f"{self.dataset}_{self.image.name.partition('.')[0]}"
+        """One of a kind in a table: data set and file; its subject and modality, if the file's name
+        does not say them (a `T1.nii.gz` in the subject's folder).
+        """
+        stem = self.image.name.partition(".")[0]
+        says = self.subject in stem
+        return f"{self.dataset}_{stem if says else f'{self.subject}_{self.modality}'}"
 
     @property
     def origin(self) -> Origin:
@@ -141,8 +145,8 @@ def _check_names(scans: Sequence[Scan]) -> None:
             _refuse(
                 scan,
                 "data.duplicate",
-                f"row {other.row} has an image of this name in {scan.dataset}, too",
-                "one row an image, and one name each within a data set",
+                f"row {other.row} has the name {scan.name}, too",
+                "one row an image; several of a subject's need different file names",
             )
 
 

@@ -28,14 +28,22 @@ TOKENS = {"t1": "T1", "t1ce": "T1ce", "t2": "T2", "flair": "FLAIR", "dwi": "DWI"
 
 
 class Found(NamedTuple):
-    """An image and its mask in a download; `lesion` are the mask's values that are the lesion."""
+    """An image and its mask in a download.
+
+    Attributes:
+        image, label: Files.
+        modality, subject, split: As of a case table; a split that is not given is drawn.
+        lesion: The mask's values that are the lesion; all but 0 if none is named.
+        session: What tells a subject's visits apart.
+    """
 
     image: Path
     label: Path
     modality: str
     subject: str
     split: str = ""
-    lesion: tuple[int, ...] = ()  # all but 0
+    lesion: tuple[int, ...] = ()
+    session: str = ""
 
 
 class Layout(NamedTuple):
@@ -106,7 +114,8 @@ def oasis_wmh(root: Path) -> Iterator[Found]:
         for token, modality in (("T1w", "T1"), ("FLAIR", "FLAIR")):
             images = [p for p in sorted(home.rglob(f"*{token}*.nii.gz")) if p not in masks]
             image = images[0] if images else home / f"{home.name}_{token}.nii.gz"
-            yield Found(image, masks[0], modality, home.name.partition("_")[0])
+            subject, _, session = home.name.partition("_")
+            yield Found(image, masks[0], modality, subject, session=session)
 
 
 def nnunet_raw(root: Path) -> Iterator[Found]:
@@ -174,7 +183,8 @@ def prepare_dataset(
         for path in (item.image, item.label):
             if not path.is_file():
                 raise InputError("data.file", f"{name}: there is no {path}.")
-        mask = labels / f"{name}_{item.subject}_{item.modality}.nii.gz"
+        parts = (name, item.subject, item.session, item.modality)
+        mask = labels / f"{'_'.join(part for part in parts if part)}.nii.gz"
         _write_mask(item, mask)
         scans.append(
             Scan(

@@ -93,7 +93,7 @@ def test_a_table_is_read_and_written_as_it_was(folder):
             "data.subject",
             "Row 3.*subject x of Made is in 'test' here and in 'train' in row 2",
         ),
-        ([row("a"), row("a", subject="a")], "data.duplicate", "Row 3.*row 2 has an image"),
+        ([row("a"), row("a", subject="a")], "data.duplicate", "Row 3.*row 2 has the name Made_a"),
         ([], "data.table", "no rows"),
     ],
 )

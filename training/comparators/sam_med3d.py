@@ -414,7 +414,7 @@ def _boxed(x: Tensor, size: Sequence[int]) -> Tensor:
     """The last three axes cut or padded with zeros to `size`, about their middle."""
     pads: list[int] = []
     for have, want in zip(x.shape[-3:], size, strict=True):
-        before = (want - have) // 2
+        before = int((want - have) / 2)  # towards zero: cut and put back at the same place
         pads = [before, want - have - before, *pads]
     return functional.pad(x, pads)
 
