@@ -26,6 +26,7 @@ SUITES = {
     "end-to-end": ("an image from .nii.gz to .nii.gz, by stage", (5, 1)),
     "cold-start": ("process start to the first window, by stage", (10, 5)),
     "preprocess": ("reading, registration and the way back, by stage", (3, 3)),
+    "training": ("memory of a training step at the published size, plain and recomputed", (1, 1)),
     "gpu": ("the published predictor, PyTorch, MONAI and TensorRT on a CUDA device", (10, 5)),
 }
 # Suite -> what its --engines may name.
@@ -93,6 +94,8 @@ def _add_options(suite: argparse.ArgumentParser, name: str) -> None:
             "--threads", type=int, default=default_threads(), metavar="N",
             help="threads of every contender (default: MOME_THREADS, or all cores)",
         )  # fmt: skip
+    if name == "training":
+        return
     suite.add_argument("--rounds", type=_rounds, metavar="N", help="measurements of every row")
     if name == "kernels":
         return
@@ -133,6 +136,10 @@ def _suite(options: argparse.Namespace) -> Callable[[], Table]:
             threads=options.threads,
             rounds=options.rounds or SUITES["kernels"][1][0],
         )
+    if options.suite == "training":
+        from . import training
+
+        return partial(training.run, threads=options.threads)
     only = _only(options) if options.suite in CONTENDERS else None
     bundle = _bundle(options)
     rounds = options.rounds or SUITES[options.suite][1][_is_full_size(options)]

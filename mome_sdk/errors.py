@@ -10,7 +10,7 @@ class MomeError(Exception):
     """
 
     def __init__(self, code: str, message: str, *, hint: str = "") -> None:
-        super().__init__(code, message)  # what rebuilds it in another process; the rest is its state
+        super().__init__(code, message)  # what rebuilds it in another process, with its state
         self.code = code
         self.message = message
         self.hint = hint

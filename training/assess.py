@@ -255,7 +255,7 @@ def write_features(
         raise InputError("argument.system", f"{name} has no bottleneck.", hint="Name a U-Net.")
     vectors = []
     for scan in tqdm(scans, desc=f"{name}, bottleneck", unit="case", disable=None):
-        image = torch.from_numpy(np.ascontiguousarray(read_case(scan).image))[None, None]
+        image = torch.from_numpy(read_case(scan).image.copy())[None, None]
         vectors.append(_bottleneck(network, _padded(image)).mean(dim=(2, 3, 4))[0].numpy())
     data = io.BytesIO()
     np.savez_compressed(

@@ -1,8 +1,8 @@
-"""The held-out synthetic cases, and real scans with expert masks, through a bundle.
+"""Held-out synthetic cases, lesion-free ones, and real scans with masks, through a bundle.
 
-Every case gets three results: the fused output, the output of its own modality's expert alone, and
-the best single intensity threshold as a baseline. Windows, weights and normalisation are those of
-prediction.
+This is how the demonstration model is judged. Every case gets three results: the fused output, the
+output of its own modality's expert alone, and the best single intensity threshold as a baseline.
+Windows, weights and normalisation are those of prediction.
 """
 
 from __future__ import annotations
@@ -34,13 +34,21 @@ from .synth import synthesise
 from .window import CallableEngine
 
 THRESHOLDS = np.arange(-1.0, 4.01, 0.1)
+REAL, LESION_FREE = "real", "lesion-free"  # kinds of cases beside the kinds of lesions
+# Folder, scan and mask of every real scan; none was trained on.
+REAL_SCANS = (
+    *(("ms_patient19", name, "lesion") for name in ("FLAIR", "T2", "T1")),
+    *(("ms_patient26", name, "lesion") for name in ("FLAIR", "T2", "T1", "T1ce")),
+    *(("glioma_TCGA-DU-7294", n, "tumour_auto_consensus") for n in ("FLAIR", "T2", "T1", "T1ce")),
+    ("stroke_case0009", "dwi", "msk"),
+)
 
 
 class Case(NamedTuple):
     """An image to evaluate.
 
-    image: z-scored (D, H, W); lesion: 0 or 1; kind: of the lesion, or "real"; affine: array index
-    to RAS mm.
+    image: z-scored (D, H, W); lesion: 0 or 1; kind: of the lesion, or REAL, or LESION_FREE; affine:
+    array index to RAS mm.
     """
 
     name: str
@@ -52,12 +60,16 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Dice of one case; baseline: at every threshold of THRESHOLDS, above and below."""
+    """Dice of one case; baseline: at every threshold of THRESHOLDS, above and below.
+
+    found_ml: Volume of the fused mask.
+    """
 
     name: str
     modality: str
     kind: str
     volume_ml: float
+    found_ml: float
     fused: float
     own_expert: float
     baseline: list[float]
@@ -67,14 +79,36 @@ def held_out_case(
     config: TrainConfig, anatomies: Sequence[Anatomy], modality: str, number: int
 ) -> Case:
     """Case `number` of a modality: a whole head, a function of `config.evaluation.seed` alone."""
+    return _head(config, anatomies, modality, number, free=False)
+
+
+def lesion_free_case(
+    config: TrainConfig, anatomies: Sequence[Anatomy], modality: str, number: int
+) -> Case:
+    """A whole head without a lesion, another one than the held-out case of that number."""
+    return _head(config, anatomies, modality, number, free=True)
+
+
+def _head(
+    config: TrainConfig, anatomies: Sequence[Anatomy], modality: str, number: int, *, free: bool
+) -> Case:
     _, synthesis, evaluation = config.painted
     index = config.modalities.index(modality)
-    rng = np.random.default_rng([evaluation.seed, index, number])
+    stream = [evaluation.seed, index, number, *([1] if free else [])]
     anatomy = anatomies[number % len(anatomies)]
     grid: Any = anatomy.tissue.shape
-    sample = synthesise(anatomy, (0, 0, 0), grid, modality, synthesis, rng, lesion_free=0.0)
-    name = f"{modality}-{number:02d}"
-    return Case(name, modality, sample.kind, sample.image, sample.lesion, anatomy.affine)
+    sample = synthesise(
+        anatomy,
+        (0, 0, 0),
+        grid,
+        modality,
+        synthesis,
+        np.random.default_rng(stream),
+        lesion_free=float(free),
+    )
+    kind = LESION_FREE if free else sample.kind
+    name = f"{modality}-{'free-' if free else ''}{number:02d}"
+    return Case(name, modality, kind, sample.image, sample.lesion, anatomy.affine)
 
 
 def write_case(case: Case, folder: Path) -> None:
@@ -101,29 +135,33 @@ def evaluate_case(
         case.modality,
         case.kind,
         volume_ml,
+        float(found[0].sum()) / 1000,
         dice(found[0], case.lesion),
         dice(found[1], case.lesion),
         above + below,
     )
 
 
-def real_cases(folder: Path, bundle: ModelBundle) -> Iterator[Case]:
-    """The FLAIR scans of MS 19, MS 26 and a glioma, with the masks that came with them.
+def real_cases(
+    folder: Path, bundle: ModelBundle, modalities: Sequence[str] | None = None
+) -> Iterator[Case]:
+    """The real scans that came with masks, of these modalities.
 
     Scans are registered to the template and prepared as `mome predict` does it, and their masks
-    are carried to the model grid with them.
+    are carried to the model grid with them. The contours of the glioma are an algorithms'
+    consensus, the others experts'.
     """
-    for name, mask in (
-        ("ms_patient19", "lesion"),
-        ("ms_patient26", "lesion"),
-        ("glioma_TCGA-DU-7294", "tumour_auto_consensus"),
-    ):
-        scan, known = (read_nifti(folder / name / f"{file}.nii.gz") for file in ("FLAIR", mask))
+    for name, file, mask in REAL_SCANS:
+        modality = "DWI" if file == "dwi" else file
+        if modalities is not None and modality not in modalities:
+            continue
+        scan, known = (read_nifti(folder / name / f"{part}.nii.gz") for part in (file, mask))
         prepared = prepare(scan, bundle, "native", alignment=align(scan, bundle))
         inside = Volume((known.array > 0).astype(np.float32), known.affine)
         lesion = inside.resample(prepared.volume.grid, mode="linear").array >= 0.5
         image = np.ascontiguousarray(prepared.volume.array)
-        yield Case(name, "FLAIR", "real", image, lesion.astype(np.uint8), prepared.volume.affine)
+        affine = prepared.volume.affine
+        yield Case(f"{name} {modality}", modality, REAL, image, lesion.astype(np.uint8), affine)
 
 
 def evaluate(
@@ -145,7 +183,7 @@ def evaluate(
         row = evaluate_case(case, bundle, fused, own, threads)
         rows.append(row)
         with results.open("a", newline="") as file:
-            csv.writer(file).writerow([*row[:3], *(f"{v:.4f}" for v in (*row[3:6], *row.baseline))])
+            csv.writer(file).writerow([*row[:3], *(f"{v:.4f}" for v in (*row[3:7], *row.baseline))])
     return rows
 
 
@@ -153,30 +191,85 @@ def read_rows(results: Path) -> list[Row]:
     """The rows of an earlier `evaluate`."""
 
     def row(name: str, modality: str, kind: str, *numbers: str) -> Row:
-        volume_ml, fused, own_expert, *baseline = map(float, numbers)
-        return Row(name, modality, kind, volume_ml, fused, own_expert, baseline)
+        volume_ml, found_ml, fused, own_expert, *baseline = map(float, numbers)
+        return Row(name, modality, kind, volume_ml, found_ml, fused, own_expert, baseline)
 
     with results.open(newline="") as file:
         return [row(*line) for line in csv.reader(file)]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Mean Dice by group (modality, or "real"): cases, fused, own expert, best threshold.
+    """Mean Dice by group (modality, real or lesion-free): fused, own expert, best threshold.
 
-    The baseline's threshold is the one that is best on these very cases, so it is flattered.
+    The baseline's threshold is the one that is best on these very cases, so it is flattered. On
+    lesion-free heads only what is found counts.
     """
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups["real FLAIR" if row.kind == "real" else row.modality].append(row)
+        special = f"{row.kind} " if row.kind in (REAL, LESION_FREE) else ""
+        groups[f"{special}{row.modality}"].append(row)
     lines = [
-        "| cases | n | lesion mL, median | fused | own expert | best threshold |",
-        "|---|---|---|---|---|---|",
+        "| cases | n | lesion mL, median | found mL, median | fused | own expert "
+        "| best threshold |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, group in groups.items():
-        baseline = np.array([row.baseline for row in group]).mean(axis=0).max()
-        lines.append(
-            f"| {name} | {len(group)} | {np.median([r.volume_ml for r in group]):.1f} "
-            f"| {np.mean([r.fused for r in group]):.3f} "
-            f"| {np.mean([r.own_expert for r in group]):.3f} | {baseline:.3f} |"
-        )
+        medians = [float(np.median([getattr(r, k) for r in group])) for k in VOLUMES]
+        means = ["", "", ""]
+        if group[0].kind != LESION_FREE:
+            baseline = np.array([row.baseline for row in group]).mean(axis=0).max()
+            dice_means = [np.mean([r.fused for r in group]), np.mean([r.own_expert for r in group])]
+            means = [f"{value:.3f}" for value in (*dice_means, baseline)]
+        volumes = " | ".join(f"{value:.1f}" for value in medians)
+        lines.append(f"| {name} | {len(group)} | {volumes} | {' | '.join(means)} |")
     return "\n".join(lines)
+
+
+VOLUMES = ("volume_ml", "found_ml")
+
+
+def card(bundle: ModelBundle, rows: Sequence[Row]) -> str:
+    """A model card in Markdown: what the weights are, what they were judged on, how they did."""
+    training = bundle.description["training"]
+    real = [row for row in rows if row.kind == REAL]
+    lines = [
+        f"# {bundle.name}",
+        "",
+        f"{bundle.notice}",
+        "",
+        "Generated by `mome evaluate`; every figure is of this very bundle "
+        f"(sha256 {bundle.sha256[:16]}).",
+        "",
+        "## What it is",
+        f"- {sum(t.size for t in bundle.tensors.values()):,} weights, five experts "
+        f"({', '.join(bundle.modalities)}) and a gate; features {bundle.architecture.features}, "
+        f"window {bundle.patch}, licence {bundle.licence}.",
+        f"- Trained on {training.get('data', 'unknown data')}, seed {training.get('seed', '?')}. "
+        "No real lesion was trained on.",
+        "- Input: one MR image, registered and skull-stripped, z-scored over the whole volume.",
+        "",
+        "## How it was judged",
+        f"Windows of {bundle.patch[0]} voxels with half overlap, no mirroring, no clean-up. "
+        "Synthetic heads come from anatomies that were never trained on, with lesions of 0.3 to "
+        "30 mL; of real scans there are few, and the contrast ranges of the training were "
+        "measured on them: this says little of other patients.",
+        "",
+        table(rows),
+        "",
+        "Real scans, Dice of the fused output and of the own expert:",
+        "",
+        "| scan | lesion mL | found mL | fused | own expert |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r.name} | {r.volume_ml:.1f} | {r.found_ml:.1f} | {r.fused:.3f} | {r.own_expert:.3f} |"
+        for r in real
+    ]
+    lines += [
+        "",
+        "## Limits",
+        "It shows that everything works; it is no measure of MoME. Small lesions, and T1 and T1ce "
+        "lesions that are as bright as grey matter, are missed or confused with cortex. It has "
+        "seen no artefact but the painted ones. Not for patients.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -65,7 +65,7 @@ def _radar_values(
         tasks = _means(own, lambda row: row.task)
         sets = _means(own, lambda row: row.dataset)
         by_modality = [
-            float(np.mean([v for t, v in tasks.items() if t.endswith(f" {m}")])) for m in modalities
+            _mean([v for t, v in tasks.items() if t.endswith(f" {m}")]) for m in modalities
         ]
         by_kind = _means(own, lambda row: row.lesion_type)
         levels = [
@@ -73,8 +73,17 @@ def _radar_values(
             np.mean([*tasks.values()]),
             np.mean([*sets.values()]),
         ]
-        values[name] = [*map(float, levels), *by_modality, *(by_kind[kind] for kind in kinds)]
+        values[name] = [
+            *map(float, levels),
+            *by_modality,
+            *(by_kind.get(kind, np.nan) for kind in kinds),
+        ]
     return ["image level", "task level", "dataset level", *modalities, *kinds], values
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN of nothing: a system whose evaluation is not finished."""
+    return float(np.mean(values)) if len(values) else float("nan")
 
 
 def _means(rows: Sequence[Result], key: Callable[[Result], str]) -> dict[str, float]:

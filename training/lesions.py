@@ -227,7 +227,7 @@ def haemorrhage(head: Head, rng: np.random.Generator) -> Lesion:
     """A late subacute clot, deep or lobar, with a rim of haemosiderin; the oedema is no part."""
     parts = _empty(head, "oedema", "rim", "clot")
     deep = head.among("striatum", "thalamus", "pallidum")
-    weight = deep if rng.random() < 0.6 else head.among("white matter")
+    weight = deep if rng.random() < 0.6 and deep.any() else head.among("white matter")
     for centre in centres(weight, 1, rng):
         size = _volume(rng, 3, 50)
         focus = blob(head.parenchyma, centre, size, rng)

@@ -1,7 +1,8 @@
 """`tables`: every system trained, evaluated and put into tables by one command that resumes.
 
 What is finished is never done again: a network that is in the work folder, a case that stands in
-results.csv. So the command can be stopped at any time, and goes on where it was.
+results.csv, a system that stands in systems.csv. So the command can be stopped at any time, and
+goes on where it was; of a work folder that is gone, the experts come back from the results.
 """
 
 from __future__ import annotations
@@ -263,8 +264,8 @@ def assess_trained(trained: Trained, bench: Bench, folder: Path) -> None:
     if trained.name in ("MoME", "nnU-Net") and trained.seed == bench.config.seeds[0]:
         network = trained.systems[""].network
         write_features(network, trained.name, trained.seed, tests, folder)
-    _record(trained, folder)
     _keep_weights(trained, folder)
+    _record(trained, folder)  # last: then it is done
 
 
 def _seen(scan: Scan) -> bool:
@@ -301,7 +302,7 @@ def _keep_weights(trained: Trained, folder: Path) -> None:
         name = _slug(f"{trained.name} {key}".strip()) + f"-{trained.seed}.safetensors"
         state = system.network.state_dict()
         half = {k: v.half().contiguous() for k, v in state.items()}
-        (folder / "weights").mkdir(exist_ok=True)
+        make_folders(folder / "weights")
         write_file(folder / "weights" / name, save(half))
 
 
@@ -321,11 +322,14 @@ def reproduce(
     """
     make_folders(folder)
     bench = open_bench(config, labelmaps, work, processes=processes)
+    _restore_experts(bench, folder)
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
         for wave in waves(config):
             jobs = [
-                pool.submit(_train_and_assess, bench, name, seed, folder) for name, seed in wave
+                pool.submit(_train_and_assess, bench, name, seed, folder)
+                for name, seed in wave
+                if not _is_done(bench, name, seed, folder)
             ]
             for job in as_completed(jobs):
                 job.result()
@@ -333,11 +337,38 @@ def reproduce(
                 write_all(folder)
 
 
+def _is_done(bench: Bench, name: str, seed: int, folder: Path) -> bool:
+    if name.startswith(EXPERT):
+        return not _is_missing(_expert(bench, name, seed))
+    rows = read_rows(folder / "systems.csv", SystemRecord)
+    return any((row.system, row.seed) == (name, seed) for row in rows)
+
+
 def _train_and_assess(bench: Bench, name: str, seed: int, folder: Path) -> None:
     torch.set_num_threads(1)
     trained = train_system(bench, name, seed)
     if trained is not None:
         assess_trained(trained, bench, folder)
+        return
+    make_folders(folder / "weights")
+    file = _expert(bench, name, seed).with_suffix(".safetensors")
+    write_file(folder / "weights" / f"{_slug(name)}-{seed}.safetensors", file.read_bytes())
+
+
+def _expert(bench: Bench, name: str, seed: int) -> Path:
+    return _run(bench, seed) / "experts" / name.removeprefix(EXPERT).strip()
+
+
+def _restore_experts(bench: Bench, folder: Path) -> None:
+    """Weights and logs of experts that are in the results and no more in the work folder."""
+    for seed in bench.config.seeds:
+        for modality in bench.config.mome.modalities:
+            where = _expert(bench, f"{EXPERT} {modality}", seed)
+            kept = folder / "weights" / f"{_slug(f'{EXPERT} {modality}')}-{seed}.safetensors"
+            log = folder / "logs" / f"seed-{seed}-experts-{modality}.csv"
+            if _is_missing(where) and kept.exists() and log.exists():
+                write_file(where.with_suffix(".csv"), log.read_bytes())
+                write_file(where.with_suffix(".safetensors"), kept.read_bytes())
 
 
 def _keep_logs(bench: Bench, folder: Path) -> None:

@@ -223,7 +223,7 @@ def table1(evidence: Evidence) -> Table:
                 f"{record[0].parameters:,}" if record else "",
                 f"{np.mean([r.train_seconds for r in record]) / 60:.0f}" if record else "",
                 f"{max(r.train_peak_mb for r in record):.0f}" if record else "",
-                f"{np.median([row.seconds for row in own]):.1f}",
+                f"{np.median([row.seconds for row in own]):.1f}" if own else "",
                 f"{p_values[name]:.1e}" if name in p_values else "",
             )
         )
@@ -245,7 +245,8 @@ def table2(evidence: Evidence) -> Table:
             said = f"cannot: needs {_needs(evidence.records(name))}"
             rows.append((name, *([said] * (len(sets) + 1))))
             continue
-        each = [f"{cases.dice[cases.dataset == dataset].mean():.3f}" for dataset in sets]
+        means = [cases.dice[cases.dataset == dataset] for dataset in sets]
+        each = [f"{values.mean():.3f}" if len(values) else "" for values in means]
         rows.append((name, *each, _with_interval("dataset", cases)))
     notes = _notes(evidence, "unseen")
     if TASK_SPECIFIC in evidence.names(ablations=False):
@@ -264,7 +265,7 @@ def table3(evidence: Evidence) -> Table:
         cases = cases_of(evidence.results, name, "seen")
         gaps = (
             ["", "", ""]
-            if name == OWN or not whole.names
+            if name == OWN or not {*whole.names} & {*cases.names}
             else [_signed(*difference(level, cases, whole)) for level in LEVELS]
         )
         rows.append(
@@ -302,9 +303,11 @@ def lesionwise(evidence: Evidence) -> Table:
         cells = []
         for name in names:
             own = [r for r in evidence.results if (r.system, r.dataset) == (name, dataset)]
+            if not own:
+                cells.append("")
+                continue
             means = [f"{np.mean([getattr(row, score) for row in own]):.3f}" for score in scores]
-            far = [row.hd95_mm for row in own]
-            cells.append(f"{', '.join(means)}; {np.median(far):.1f}" if own else "")
+            cells.append(f"{', '.join(means)}; {np.median([row.hd95_mm for row in own]):.1f}")
         rows.append((dataset, title, *cells))
     header = ("data set", "score", *names)
     notes = [
@@ -337,7 +340,8 @@ def finding(evidence: Evidence) -> str:
         for group, whole in own.items():
             other = cases_of(evidence.results, name, group)
             ablation = name.startswith(ABLATION_PREFIX)
-            if not other.names or not whole.names or (ablation and group == "unseen"):
+            common = {*other.names} & {*whole.names}
+            if not common or (ablation and group == "unseen"):
                 continue
             said = "; ".join(_verdict(level, whole, other) for level in LEVELS)
             lines.append(f"- MoME minus {name}, {group} data sets: {said}.")
@@ -390,7 +394,8 @@ def _p_values(evidence: Evidence, names: Sequence[str], group: str) -> dict[str,
     if not whole.names:
         return {}
     others = {name: cases_of(evidence.results, name, group) for name in names if name != OWN}
-    return holm({name: wilcoxon(whole, cases) for name, cases in others.items() if cases.names})
+    paired = {n: cases for n, cases in others.items() if {*cases.names} & {*whole.names}}
+    return holm({name: wilcoxon(whole, cases) for name, cases in paired.items()})
 
 
 def _notes(evidence: Evidence, group: str) -> list[str]:

@@ -395,8 +395,8 @@ class SamMed3D:
     ) -> Iterator[NDArray[np.uint8]]:
         """The mask (D, H, W) after each of ten clicks; where it is perfect, nothing is clicked."""
         size = self.config.size
-        boxed = _boxed(torch.from_numpy(image)[None], size)
-        known = _boxed(torch.from_numpy(np.ascontiguousarray(truth))[None], size)
+        boxed = _boxed(torch.from_numpy(image.copy())[None], size)
+        known = _boxed(torch.from_numpy(truth.copy())[None], size)
         embedding = self.network.encoder(boxed)
         rng = np.random.default_rng(seed)
         found, last = torch.zeros_like(known), None
