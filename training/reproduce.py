@@ -122,9 +122,10 @@ def waves(config: TablesConfig) -> Iterator[list[tuple[str, int]]]:
     first, *others = config.seeds
     experts = [f"{EXPERT} {modality}" for modality in config.mome.modalities]
     yield [(name, first) for name in experts]
-    yield [(name, first) for name in (*SINGLE, *ABLATIONS)]
+    names = sorted((*SINGLE, *ABLATIONS), key=lambda name: name not in ("nnU-Net", "MoME"))
+    yield [(name, first) for name in names]
     for seed in others:
-        names = [name for name in (*SINGLE, *ABLATIONS) if name in config.repeated]
+        names = [name for name in names if name in config.repeated]
         if any(name in ABLATIONS for name in names):
             yield [(name, seed) for name in experts]
         yield [(name, seed) for name in names]
