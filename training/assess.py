@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mome_sdk.architecture import Architecture
-from mome_sdk.bundle import ModelBundle, create_bundle
+from mome_sdk.bundle import MODALITIES, ModelBundle, create_bundle
 from mome_sdk.engines import Engine, open_engine
 from mome_sdk.errors import InputError
 from mome_sdk.files import write_file
@@ -91,8 +91,9 @@ def assess(
         group = "seen" if seen(scan) else "unseen"
         if found.shares is not None:
             _write_shares(folder, name, seed, scan, case, found.shares)
-        if isinstance(systems[key], SamMed3D):
-            _write_clicks(folder, name, seed, scan, case, systems[key])
+        system = systems[key]
+        if isinstance(system, SamMed3D):
+            _write_clicks(folder, name, seed, scan, case, system)
         row = score(
             (name, seed),
             scan,
@@ -138,8 +139,10 @@ def bundle_of(network: torch.nn.Module, patch: Index3, path: Path) -> ModelBundl
         path.rmdir()
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().numpy() for k, v in network.state_dict().items()}
+    architecture: Architecture
+    modalities: tuple[str, ...]
     if isinstance(network, MoME):
-        architecture, modalities = network.arch, ("T1", "T1ce", "T2", "FLAIR", "DWI")
+        architecture, modalities = network.arch, MODALITIES
     else:
         architecture, modalities = _architecture_of(tensors), ("any",)
         tensors = {f"experts.0.{name}": value for name, value in tensors.items()}

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from mome_sdk.errors import InputError
@@ -236,7 +237,7 @@ def write_subject(
     write_nifti(Volume(mask, affine).reorient("RAS"), label)
 
 
-def _affine(anatomy: Anatomy, factor: int) -> Float:
+def _affine(anatomy: Anatomy, factor: int) -> NDArray[np.float64]:
     """Of cubes of `factor` voxels: their centres lie between those of the voxels."""
     affine = anatomy.affine.copy()
     affine[:3, 3] += affine[:3, :3] @ np.full(3, (factor - 1) / 2)

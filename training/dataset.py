@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +107,7 @@ def read_table(path: Path) -> tuple[Scan, ...]:
 def _scan(path: Path, row: int, line: dict[str, str | None]) -> Scan:
     values = {name: line[name] or "" for name in COLUMNS}
     files = {name: path.parent / values.pop(name) for name in ("image", "label")}
-    scan = Scan(**files, **values, row=row)
+    scan = Scan(files["image"], files["label"], **values, row=row)
     for name, known in (("modality", MODALITIES), ("split", SPLITS)):
         if values[name] not in known:
             _refuse(scan, f"data.{name}", f"the {name} is {values[name]!r}", ", ".join(known))
@@ -301,7 +301,7 @@ def build_cache(
         if done.exists() and done.read_bytes() == stamp:
             continue
         case = read_case(scan, prepared)
-        parts = {
+        parts: dict[str, NDArray[Any]] = {
             "image": case.image.astype(np.float16),
             "lesion": case.lesion,
             "foreground": foreground_of(case.lesion),

@@ -10,6 +10,7 @@ import io
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +29,7 @@ from .results import Result, read_rows
 NOTICE = "Synthetic benchmark. Research use only, not a medical device."
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-STYLE = {"svg.hashsalt": "mome", "svg.fonttype": "none", "font.size": 9}
+STYLE: Any = {"svg.hashsalt": "mome", "svg.fonttype": "none", "font.size": 9}
 PCA_PARTS, PERPLEXITY, TSNE_SEED = 50, 30, 0
 
 
@@ -212,7 +213,7 @@ def _map_of(folder: Path, name: str) -> NDArray[np.float32] | None:
         shares = data[f"shares {modality}"].astype(np.float32)
         shares = shares / max(float(np.percentile(shares, 99.5)), 1e-6)
         rows.append(np.concatenate([image[::-1], *(share[::-1] for share in shares)], axis=1))
-    return np.clip(np.concatenate(rows), 0, 1)
+    return np.asarray(np.clip(np.concatenate(rows), 0, 1), np.float32)
 
 
 FIGURES: dict[str, Callable[[Path], None]] = {"2a": radar, "2b": embedding, "s1": degeneration}

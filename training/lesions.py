@@ -179,7 +179,7 @@ def acute_stroke(head: Head, rng: np.random.Generator) -> Lesion:
     for size in sizes:
         weight: Float | Mask = head.parenchyma
         if first is not None:
-            weight = weight & ball(weight.shape, first, 35.0)
+            weight = head.parenchyma & ball(weight.shape, first, 35.0)
         for centre in centres(weight, 1, rng):
             first = centre if first is None else first
             _add(parts["infarct"], blob(head.parenchyma, centre, size, rng))

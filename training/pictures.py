@@ -71,7 +71,7 @@ def _row(scan: Scan) -> tuple[str, Image.Image]:
 def _plane(array: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
     """A slice with up pointing up; in axial and coronal ones the patient's right is on the left."""
     flat = np.take(array, index, axis=axis).T[::-1]
-    return flat[:, ::-1] if axis > 0 else flat
+    return np.asarray(flat[:, ::-1] if axis > 0 else flat)
 
 
 def _picture(grey: NDArray[np.float32], lesion: NDArray[np.bool_] | None) -> Image.Image:

@@ -39,9 +39,7 @@ def write_published(run: Path, out: Path) -> Path:
         BundleError: `bundle.missing`, the joint stage is not finished.
     """
     record = _record(run)
-    arch = Architecture(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in record["architecture"].items()}
-    )
+    arch = Architecture.from_json(record["architecture"])
     weights = load_weights(run / "joint" / "checkpoint", "The joint network")
     plans, dataset = plans_of(arch, record["patch"]), _dataset()
     folder = out / DATASET / TRAINER / "fold_MoME"

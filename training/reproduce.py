@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -79,7 +79,7 @@ def load_tables_config(path: Path) -> TablesConfig:
     return build(TablesConfig, read_toml(path), str(path))
 
 
-ABLATIONS: dict[str, dict[str, str]] = {
+ABLATIONS: dict[str, dict[str, Any]] = {
     "MoME": {},
     "MoME without experts": {"experts": "random"},
     "MoME without hierarchical gating": {"gates": "finest"},

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -214,13 +214,17 @@ def write_record(config: TrainConfig, run: Path) -> None:
             "expert_order": "order by training configuration",
             "torch": torch.__version__.split("+")[0],
             **{
-                name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+                name: _plain(value)
                 for name in ("data", "table", "experts", "continued", "warm_start", "gate", "joint")
                 if (value := getattr(config, name))
             },
         },
     }
     write_file(run / "run.json", (json.dumps(record, indent=1) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, Mapping) else dataclasses.asdict(value)
 
 
 def train(

@@ -14,16 +14,19 @@ from .batch import Batch, Origin
 
 
 class System(Protocol):
-    """A network with its loss and its way from a whole image to a mask.
+    """A network with its loss and its way from a whole image to a mask."""
 
-    Attributes:
-        network: All that is trained and saved.
-        needs_at_test: What a prediction must be told besides the image: of "modality", "dataset"
-            and "mask" (of the lesion itself, as clicks are) those that it uses.
-    """
+    @property
+    def network(self) -> nn.Module:
+        """All that is trained and saved."""
 
-    network: nn.Module
-    needs_at_test: frozenset[str]
+    @property
+    def needs_at_test(self) -> frozenset[str]:
+        """What a prediction must be told besides the image.
+
+        Of "modality", "dataset" and "mask" (of the lesion itself, as clicks are) those that it
+        uses.
+        """
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """A scalar to minimise; `progress` is epoch / epochs, 0 to 1."""

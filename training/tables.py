@@ -83,8 +83,9 @@ class Cases:
         """The cases with these names."""
         index = {name: i for i, name in enumerate(self.names)}
         keep = [index[name] for name in names]
-        arrays = (self.subject, self.dataset, self.task, self.dice)
-        return Cases(tuple(names), *(array[keep] for array in arrays))
+        return Cases(
+            tuple(names), self.subject[keep], self.dataset[keep], self.task[keep], self.dice[keep]
+        )
 
 
 def cases_of(rows: Sequence[Result], system: str, group: str) -> Cases:

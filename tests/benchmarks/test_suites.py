@@ -20,7 +20,16 @@ import torch
 import mome_sdk
 from mome_sdk import _core
 from mome_sdk.architecture import Architecture
-from mome_sdk.benchmarks import cold_start, end_to_end, engines, gpu, kernels, machine, window
+from mome_sdk.benchmarks import (
+    cold_start,
+    end_to_end,
+    engines,
+    gpu,
+    kernels,
+    machine,
+    training,
+    window,
+)
 from mome_sdk.benchmarks.anchors import at_corners, blended, mirrored, monai_starts, window_weights
 from mome_sdk.benchmarks.kernels import Layer
 from mome_sdk.benchmarks.measure import Parity, Row, Table
@@ -317,3 +326,19 @@ def test_mirroring_is_the_mean_over_all_subsets_of_axes():
 def test_monai_shifts_its_last_window_back():
     assert monai_starts((160, 196, 160), (128, 128, 128)) == [[0, 32], [0, 64, 68], [0, 32]]
     assert monai_starts((24, 16, 12), (16, 16, 16)) == [[0, 8], [0], [0]]
+
+
+@pytest.mark.slow
+def test_training_suite_measures_a_step_both_ways():
+    """A small network: the gradients are the same, and what recomputing saves is there."""
+    arch = Architecture((8, 16, 16), (1, 2, 2), (2, 2, 2), (2, 2))
+    table = training.run(threads=1, edges=(48, 32), arch=arch)
+    found = checked(table)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert set(rows) == {"plain, 48", "recomputed, 48", "recomputed, 32"}
+    assert rows["recomputed, 48"]["parity"]["max"] < 1e-5
+    assert rows["recomputed, 32"]["parity"]["max"] < 1e-5
+    assert rows["recomputed, 48"]["details"]["share_of_plain"] < 0.8
+    kept = rows["plain, 48"]["details"]["plain_kept_by_autograd_mb"]
+    assert 0.5 * kept < rows["plain, 48"]["details"]["activations_mb"] < 3 * kept
+    assert [missing["name"] for missing in found["missing"]] == ["plain, 32"]

@@ -198,14 +198,15 @@ class HermesNetwork(nn.Module):
         """Masks of tasks (B, n) in images (B, C, D, H, W) of modalities (B,)."""
         x = self.unet["stem"](images)
         skips, tokens, places = [x], [], iter(self.fusion)
-        for level, stage in enumerate(self.unet["down"], start=1):  # type: ignore[arg-type]
+        down, up = (list(self.unet[name].children()) for name in ("down", "up"))
+        for level, stage in enumerate(down, start=1):
             x = stage(functional.max_pool3d(x, 2))
             if level >= COARSEST_FREE:
                 x, posterior = next(places)(x, tasks, modality)
                 tokens.append(posterior)
             skips.append(x)
         skips.pop()
-        for stage in self.unet["up"]:  # type: ignore[union-attr]
+        for stage in up:
             skip = skips.pop()
             x = functional.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=True)
             x = stage(torch.cat((skip, x), dim=1))

@@ -161,6 +161,7 @@ class _PromptEncoder(nn.Module):
         super().__init__()
         self.size, self.grid = config.size, config.grid
         frequencies = np.random.default_rng(0).standard_normal((3, config.out_dim // 2), np.float32)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.from_numpy(frequencies))
         self.labels = nn.Embedding(2, config.out_dim)  # not lesion, lesion
         self.no_point = nn.Embedding(1, config.out_dim)
