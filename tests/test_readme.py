@@ -144,7 +144,7 @@ def test_a_study_is_understood(words: list[str]) -> None:
 def test_training_commands_are_understood(words: list[str]) -> None:
     """What they do is tested in tests/training, on heads that take seconds."""
     options = command_line().parse_args(words[1:])
-    assert callable(options.run)
+    assert callable(options.action)
     if words[1] == "train":
         assert (ROOT / options.config).is_file()
 
