@@ -52,8 +52,8 @@ class TablesConfig:
         seeds: Of weights and patches; the first for every system.
         repeated: Names of the systems that have the other seeds, too.
         benchmark: The data.
-        mome: Its stages; the experts' stage is that of the single nnU-Net, too.
-        task_specific, multitalent, hermes, sam_med3d: Stages of the others.
+        mome: Its stages.
+        nnunet, task_specific, multitalent, hermes, sam_med3d: Stages of the others.
         hermes_network, sam_network: Sizes of what is no plain U-Net.
     """
 
@@ -62,6 +62,7 @@ class TablesConfig:
     repeated: tuple[str, ...]
     benchmark: BenchmarkConfig
     mome: TrainConfig
+    nnunet: StageConfig
     task_specific: StageConfig
     multitalent: StageConfig
     hermes: StageConfig
@@ -166,9 +167,8 @@ def mome(bench: Bench, name: str, seed: int) -> Trained:
 def nnunet(bench: Bench, seed: int) -> Trained:
     """One nnU-Net on everything."""
     torch.manual_seed(seed)
-    config = bench.config.mome
-    system = NnUNet(_single(config))
-    return _train(bench, "nnU-Net", seed, system, config.experts)
+    system = NnUNet(_single(bench.config.mome))
+    return _train(bench, "nnU-Net", seed, system, bench.config.nnunet)
 
 
 def multitalent(bench: Bench, seed: int) -> Trained:

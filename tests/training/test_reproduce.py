@@ -27,7 +27,7 @@ from mome_sdk.training.reproduce import (
 )
 
 SYNTH_2MM = Path(__file__).parents[2] / "training" / "configs" / "synth_2mm.toml"
-STAGES = ("task_specific", "multitalent", "hermes", "sam_med3d")
+STAGES = ("nnunet", "task_specific", "multitalent", "hermes", "sam_med3d")
 
 
 def miniature() -> TablesConfig:
