@@ -420,6 +420,22 @@ def _import(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _serve(options: argparse.Namespace) -> int:
+    with _needs_extra("serve"):
+        from mome_sdk.pacs.service import Service
+        from mome_sdk.pacs.settings import load_service_config
+    config = load_service_config(options.config)
+    try:
+        Service(config).run()
+    except OSError as error:
+        raise EngineError(
+            "engine.address",
+            f"The node cannot listen: {error.strerror or error}.",
+            hint="Another program has the port, or the address is not this machine's.",
+        ) from error
+    return DONE
+
+
 def _export(options: argparse.Namespace) -> int:
     with _needs_extra("export"):
         from mome_sdk.export.job import Aim
@@ -585,6 +601,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "predict": _predict,
     "import": _import,
     "export": _export,
+    "serve": _serve,
     "inspect": _inspect,
     "doctor": _doctor,
 }

@@ -89,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
     _add_export_options(add("export", "compile a bundle for an engine, or check an export"))
     inspect = add("inspect", "say what a bundle or an export is: shapes, sha256, parity")
     inspect.add_argument("path", metavar="PATH", help="bundle or export folder, .zip, or demo")
+    serve = add("serve", "run a DICOM node and an HTTP service")
+    serve.add_argument("config", metavar="CONFIG.toml", type=Path, help="see docs/pacs.md")
     add("doctor", "say what this machine offers, what is missing and how to add it")
     for name, summary in {**TRAINING, **BENCH}.items():
         commands.add_parser(name, help=summary)

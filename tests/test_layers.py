@@ -25,7 +25,7 @@ FOLDERS = {
 
 # A module may import what stands before it; parts import no other part.
 DATA = (
-    *("errors", "files", "architecture", "volume", "nifti", "segmentation"),
+    *("errors", "settings", "files", "architecture", "volume", "nifti", "segmentation"),
     *("manifest", "container", "model", "bundle", "exported", "network"),
 )
 PARTS = ("engines", "preprocess", "dicom")
@@ -36,6 +36,7 @@ ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
 
 # Libraries beside the standard one. Whoever is not named here needs none but NumPy.
 LIBRARIES = {
+    "settings": {"tomli"},
     "volume": {"nibabel"},
     "nifti": {"nibabel"},
     "segmentation": {"nibabel"},
@@ -56,6 +57,10 @@ LIBRARIES = {
     "dicom.seg": {"highdicom"},
     "dicom.report": {"pydicom", "highdicom"},
     "dicom.capture": {"highdicom", "PIL"},
+    "pacs.receiver": {"pydicom", "pynetdicom"},
+    "pacs.sender": {"pydicom", "pynetdicom"},
+    "pacs.dicomweb": {"pydicom", "dicomweb_client", "requests"},
+    "pacs.api": {"fastapi", "uvicorn", "prometheus_client"},
     "report": {"PIL"},
     "cases": {"nibabel"},
     "batch": {"ray"},

@@ -14,9 +14,10 @@ import torch
 from mome_sdk.bundle import ModelBundle
 from mome_sdk.errors import InputError
 from mome_sdk.files import write_file
+from mome_sdk.settings import build, read_toml
 
 from .benchmark import BenchmarkConfig, counts, make_benchmark
-from .config import TrainConfig, build, load_config, read_toml
+from .config import TrainConfig, load_config
 from .dataset import read_table, write_table
 from .evaluate import (
     Case,

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from mome_sdk.architecture import Architecture
 from mome_sdk.files import make_folders, write_file
 from mome_sdk.network import MoME
+from mome_sdk.settings import build, read_toml
 
 from .assess import assess, write_features
 from .benchmark import SETS, BenchmarkConfig, make_benchmark
@@ -29,7 +30,7 @@ from .comparators.hermes import Hermes, HermesConfig
 from .comparators.multitalent import MultiTalent
 from .comparators.nnunet import NnUNet
 from .comparators.sam_med3d import SamConfig, SamMed3D
-from .config import StageConfig, TrainConfig, build, read_toml
+from .config import StageConfig, TrainConfig
 from .dataset import Scan, build_cache, check_splits, tasks_of
 from .mome import Mome
 from .results import SystemRecord, append_row, read_rows

@@ -34,10 +34,11 @@ from mome_sdk.errors import DicomError
 
 CLASSIC = "1.2.840.10008.5.1.4.1.1.4"
 ENHANCED = ("1.2.840.10008.5.1.4.1.1.4.1", "1.2.840.10008.5.1.4.1.1.4.4")  # and Legacy Converted
+IMAGES = (CLASSIC, *ENHANCED)
 
 # Everything that is not deflated or video. Deflated data sets (1.2.840.10008.1.2.1.99) are
 # unpacked whole by every reader, before any element can be looked at: 1 MB becomes 3 GB.
-_SYNTAXES = {
+SYNTAXES = {
     *("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.5"),
     *(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81, 90, 91, 201, 202, 203)),
 }
@@ -293,7 +294,7 @@ def _checked_meta(path: Path) -> str | None:
             "its data set is deflated, which can unpack to a thousand times its size.",
             hint="Send it in another transfer syntax, such as Explicit VR Little Endian.",
         )
-    if syntax not in _SYNTAXES:
+    if syntax not in SYNTAXES:
         raise DicomError(
             "dicom.transfer-syntax",
             f"its transfer syntax is {UID(syntax).name if _is_uid(syntax) else 'no UID'}.",

@@ -1,0 +1,135 @@
+"""Starts and stops the parts of the node; decides when a study is complete."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from mome_sdk.files import make_folders
+from mome_sdk.segmenter import Segmenter
+
+from . import sender
+from .api import Api
+from .audit import Audit
+from .jobs import JobQueue
+from .receiver import Receiver
+from .settings import Peer, ServiceConfig
+from .worker import Worker
+
+CHECK_S = 0.5
+LEAST_QUIET_S = 1.0  # before a peer is asked for its count
+
+
+class Service:
+    """The node: receiver, worker, HTTP, and the watch over studies.
+
+    Args:
+        config: All of it; paths are relative to the working directory.
+        segmenter: Opens the model; the configured one if not given.
+    """
+
+    def __init__(
+        self, config: ServiceConfig, *, segmenter: Callable[[], Segmenter] | None = None
+    ) -> None:
+        self.config = config
+        folder = Path(config.data).resolve()
+        make_folders(folder)
+        self.queue = JobQueue(folder, free_mb=config.free_mb)
+        self.audit = Audit(folder / "logs")
+        self.worker = Worker(config, self.queue, self.audit, segmenter or self._segmenter)
+        self.receiver = Receiver(config.node, config.peers, self.queue, self.audit)
+        self.api = Api(config.http, self.queue, self.worker, self.audit)
+        self._stopping = threading.Event()
+        self._watch = threading.Thread(target=self._run_watch, name="watch", daemon=True)
+        self._asked: dict[str, tuple[int, int | None]] = {}
+
+    def _segmenter(self) -> Segmenter:
+        wanted = self.config.results
+        return Segmenter(
+            wanted.model, engine=wanted.engine, threads=wanted.threads or None, space="native"
+        )
+
+    def start(self) -> None:
+        """Start everything; returns at once.
+
+        Raises:
+            OSError: An address is in use.
+        """
+        self.audit.write("started")
+        self.worker.start()
+        self._watch.start()
+        self.receiver.start()
+        self.api.start()
+
+    def stop(self) -> None:
+        """Stop: no new images, then the job at hand, then the queue."""
+        self.receiver.stop()
+        self.api.stop()
+        self._stopping.set()
+        self.worker.stop()
+        for thread in (self._watch, self.worker):
+            thread.join(timeout=60)
+        self.audit.write("stopped")
+        self.queue.close()
+
+    def run(self) -> None:
+        """Start, and stop at SIGTERM or SIGINT."""
+        stop = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+        self.start()
+        stop.wait()
+        self.stop()
+
+    # ---- when a study is complete
+
+    def _run_watch(self) -> None:
+        while not self._stopping.wait(CHECK_S):
+            self.look()
+
+    def look(self) -> None:
+        """Make jobs of the studies that are complete."""
+        for study, peer, images, since_first, since_last in self.queue.pending():
+            if self._is_complete(study, peer, images, since_first, since_last):
+                number = self.queue.complete(study, images)
+                if number is not None:
+                    self.audit.write("complete", study=study, job=number, images=images)
+
+    def _is_complete(
+        self, study: str, aet: str, images: int, since_first: float, since_last: float
+    ) -> bool:
+        """Quiet for long enough; or as many images as the sender says that there are.
+
+        Where it says that there are more, they are waited for, up to `wait_s`.
+        """
+        node = self.config.node
+        peer = next((p for p in self.config.peers if p.aet == aet and p.answers), None)
+        if peer is None:
+            return since_last >= node.quiet_s
+        if since_last < min(LEAST_QUIET_S, node.quiet_s):
+            return False
+        expected = self._count(study, peer, images)
+        if expected is None:
+            return since_last >= node.quiet_s
+        return images >= expected or since_first >= node.wait_s
+
+    def _count(self, study: str, peer: Peer, images: int) -> int | None:
+        """What the peer says of a study; asked once for each number of images that we have."""
+        known = self._asked.get(study)
+        if known is None or known[0] != images:
+            self._asked = dict(list(self._asked.items())[-1000:])
+            self._asked[study] = (images, sender.images_of_study(study, peer, self.config.node))
+        return self._asked[study][1]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether a condition holds within a time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()

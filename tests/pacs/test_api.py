@@ -1,0 +1,108 @@
+"""HTTP: uploads, jobs, health, metrics, the page; a token where it is asked for."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dicom_files import PATIENT_ID
+from mome_sdk.nifti import write_nifti
+from mome_sdk.pacs.service import wait_until
+from pacs.conftest import OWN_HTTP, small_study
+from phantom import grid, phantom
+
+pytestmark = pytest.mark.slow
+
+
+def ask(path: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    request = urllib.request.Request(f"http://127.0.0.1:{OWN_HTTP}{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def wait_for(number: int) -> dict[str, Any]:
+    end = time.monotonic() + 40
+    while time.monotonic() < end:
+        job = json.loads(ask(f"/v1/jobs/{number}")[1])
+        if job["state"] in ("delivered", "failed"):
+            return dict(job)
+        time.sleep(0.1)
+    raise AssertionError(job)
+
+
+def zipped(folder: Path) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.write(path, path.name)
+    return data.getvalue()
+
+
+def test_a_zip_and_a_scan_are_segmented(serve, configure, tmp_path):
+    service = serve(configure())
+    assert wait_until(lambda: ask("/readyz")[0] == 200, 20)
+    assert ask("/healthz")[0] == 200
+    status, said = ask("/v1/predict", zipped(small_study(tmp_path / "study", 1)))
+    assert status == 202
+    job = wait_for(json.loads(said)["job"])
+    assert job["state"] == "delivered", job
+    assert job["found"]["modality"] == "FLAIR"
+    assert {url.rpartition("/")[2] for url in job["results"]} == {"seg", "sr", "sc"}
+    assert ask(job["results"][0])[1][128:132] == b"DICM"
+    assert PATIENT_ID not in json.dumps(job)
+
+    volume = phantom(where=grid(10.0))
+    write_nifti(volume, tmp_path / "scan.nii.gz")
+    scan = (tmp_path / "scan.nii.gz").read_bytes()
+    status, said = ask("/v1/predict", scan)
+    number = json.loads(said)["job"]
+    job = wait_for(number)
+    (url,) = job["results"]
+    (tmp_path / "mask.nii.gz").write_bytes(ask(url)[1])
+    mask = nib.load(tmp_path / "mask.nii.gz")
+    np.testing.assert_allclose(mask.affine, volume.affine, atol=1e-4)
+    assert int(np.asarray(mask.dataobj).sum()) == int((volume.array > 250).sum())
+    assert json.loads(ask("/v1/predict", scan)[1])["job"] == number  # the same file, the same job
+    page = ask(f"/jobs/{number}")[1].decode()
+    assert "Research use only" in page
+    assert f"<a href='/jobs/{number}'>" in ask("/")[1].decode()
+    metrics = ask("/metrics")[1].decode()
+    assert 'mome_jobs{state="delivered"} 2.0' in metrics
+    assert service.queue.counts()["delivered"] == 2
+
+
+def test_what_is_no_scan_is_refused(serve, configure):
+    serve(configure(("[http]", "[http]\nbody_mb = 1")))
+    assert ask("/v1/predict", b"hello")[0] == 415
+    assert ask("/v1/predict", b"PK\x03\x04" + bytes(2**20))[0] == 413
+    assert ask("/v1/jobs/7")[0] == 404
+    status, said = ask("/v1/predict", b"PK\x03\x04 no zip")
+    job = wait_for(json.loads(said)["job"])
+    assert job["state"] == "failed"
+    assert job["code"].startswith("dicom.")
+    number = job["job"]
+    assert ask(f"/v1/jobs/{number}/restart", b"")[0] == 200
+    assert wait_for(number)["state"] == "failed"
+    assert status == 202
+
+
+def test_a_token_is_asked_for(serve, configure, tmp_path):
+    (tmp_path / "token").write_text("a-long-enough-secret\n")
+    serve(configure(("[http]", '[http]\ntoken_file = "token"')))
+    assert ask("/healthz")[0] == 200
+    assert ask("/v1/jobs")[0] == 401
+    assert ask("/v1/jobs", Authorization="Bearer wrong")[0] == 401
+    assert ask("/v1/jobs", Authorization="Bearer a-long-enough-secret")[0] == 200
