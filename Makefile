@@ -9,7 +9,7 @@ PYTEST := $(BIN)/pytest
 # Where nvcc is: CUDACXX, the PATH, or the usual place.
 NVCC := $(or $(CUDACXX),$(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null))
 
-.PHONY: demo test slow bench lint sanitize cuda size fresh clean
+.PHONY: demo test slow bench viewer lint sanitize cuda size fresh clean
 
 demo: $(VENV)/default
 	$(BIN)/mome demo -o demo-out
@@ -26,6 +26,12 @@ bench: $(VENV)/bench
 	for suite in engines kernels window end-to-end cold-start preprocess; do \
 	  $(BIN)/mome bench $$suite -o build/bench || exit; \
 	done
+
+# The viewer of the node's status page, from npm; it is packaged if it is there.
+viewer:
+	packaging/npm.sh @niivue/niivue build/npm/niivue
+	cp build/npm/niivue/dist/index.js mome_sdk/pacs/static/niivue.js
+	cp build/npm/niivue/package.json mome_sdk/pacs/static/niivue.json
 
 # mypy knows nothing of the folder map in setup.py: it reads links laid out as the package will be.
 lint: $(VENV)/test

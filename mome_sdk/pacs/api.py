@@ -6,10 +6,12 @@ import asyncio
 import hmac
 import html
 import json
+import re
 import ssl
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
+from mome_sdk.errors import DicomError
 from mome_sdk.nifti import NOTICE
 
 from .audit import Audit
@@ -26,7 +29,11 @@ from .worker import Worker
 
 STATIC = Path(__file__).parent / "static"
 VIEWER = STATIC / "niivue.js"
-TYPES = {"nifti": "application/gzip", "seg": "application/dicom"}
+SCRIPTS = ("niivue.js", "view.js")
+TYPES = {"nifti": "application/gzip", "scan": "application/gzip"}
+OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
+CONNECTIONS = 64
+NO_VIEWER = "<p>The viewer is not installed: `make viewer` fetches it.</p>"
 
 
 class Api:
@@ -46,7 +53,7 @@ class Api:
 
     def start(self) -> None:
         """Listen; returns when it does."""
-        options: dict[str, Any] = {"log_level": "warning", "access_log": False}
+        options: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
         tls = self._config.tls
         if tls is not None:
             options |= {
@@ -56,7 +63,13 @@ class Api:
                 "ssl_cert_reqs": ssl.CERT_REQUIRED,
             }
         config = uvicorn.Config(
-            self.app, host=self._config.host, port=self._config.port, lifespan="off", **options
+            self.app,
+            host=self._config.host,
+            port=self._config.port,
+            lifespan="off",
+            limit_concurrency=CONNECTIONS,
+            timeout_graceful_shutdown=5,
+            **options,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, args=(self._server,), daemon=True)
@@ -69,7 +82,8 @@ class Api:
 
     @staticmethod
     def _serve(server: uvicorn.Server) -> None:
-        asyncio.run(server.serve())
+        with suppress(SystemExit):  # the address is in use: `start` says so
+            asyncio.run(server.serve())
 
     def stop(self) -> None:
         """Stop listening."""
@@ -94,39 +108,69 @@ class Api:
         app.get("/metrics")(self._metrics)
         app.get("/")(self._page)
         app.get("/jobs/{number}")(self._view)
-        app.get("/static/niivue.js")(self._script)
+        app.get("/static/{name}")(self._script)
         return app
 
     async def _guard(
         self, request: Request, call: Callable[[Request], Awaitable[Response]]
     ) -> Response:
-        """The token, for everything but the two health questions."""
-        if self._token is not None and request.url.path not in ("/healthz", "/readyz"):
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
-                return Response("A token is expected.\n", 401, {"WWW-Authenticate": "Bearer"})
+        """The token, for everything but the two health questions; where there is none, our name.
+
+        A page of anywhere that a browser of this machine shows could otherwise ask us, under its
+        own name (DNS rebinding) or by a form.
+        """
+        if request.url.path not in ("/healthz", "/readyz"):
+            refusal = self._refusal(request)
+            if refusal is not None:
+                return refusal
         answer = await call(request)
         answer.headers["Cache-Control"] = "no-store"
         answer.headers["X-Content-Type-Options"] = "nosniff"
         return answer
 
+    def _refusal(self, request: Request) -> Response | None:
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            return Response("A request of another site is refused.\n", 403)
+        if self._token is not None:
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+                return Response("A token is expected.\n", 401, {"WWW-Authenticate": "Bearer"})
+        elif self._config.tls is None and re.sub(r":\d+$", "", host) not in OWN_NAMES:
+            return Response("A name of this machine is expected as the host.\n", 421)
+        return None
+
     async def _predict(self, request: Request) -> dict[str, Any]:
         """Take a zip of a DICOM study or a NIfTI file as the body; 202 and the job."""
-        if not self._queue.has_room():
-            raise HTTPException(503, "The disk is nearly full.", {"Retry-After": "300"})
-        limit, parts, size = self._config.body_mb * 2**20, [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > limit:
-                raise HTTPException(413, f"At most {self._config.body_mb} MB are expected.")
-            parts.append(part)
-        data = b"".join(parts)
-        source = _kind(data)
-        if source is None:
-            raise HTTPException(415, "A zip of DICOM files or a NIfTI file is expected.")
-        number = await asyncio.to_thread(self._queue.upload, data, source)
+        path = self._queue.new_file()
+        try:
+            source, size = await self._receive(request, path)
+            number = await asyncio.to_thread(self._queue.upload, path, source)
+        finally:
+            path.unlink(missing_ok=True)
         self._audit.write("uploaded", job=number, kind=source, bytes=size)
         return {"job": number, "url": f"/v1/jobs/{number}"}
+
+    async def _receive(self, request: Request, path: Path) -> tuple[str, int]:
+        """Write a body to a file as it comes: what it is, and its bytes."""
+        limit, size, start = self._config.body_mb * 2**20, 0, b""
+        with path.open("xb") as file:
+            async for part in request.stream():
+                if not size or size >> 24 != (size + len(part)) >> 24:
+                    self._require_room()
+                size += len(part)
+                if size > limit:
+                    raise HTTPException(413, f"At most {self._config.body_mb} MB are expected.")
+                start = start if len(start) >= 348 else (start + part)[:348]
+                file.write(part)
+        source = _kind(start)
+        if source is None:
+            raise HTTPException(415, "A zip of DICOM files or a NIfTI file is expected.")
+        return source, size
+
+    def _require_room(self) -> None:
+        if not self._queue.has_room():
+            raise HTTPException(503, "The disk is nearly full.", {"Retry-After": "300"})
 
     def _found(self, number: int) -> Job:
         job = self._queue.get(number)
@@ -147,10 +191,17 @@ class Api:
         return Response(path.read_bytes(), media_type=TYPES.get(name, "application/dicom"))
 
     def _scan(self, number: int) -> Response:
-        job = self._found(number)
-        if job.source != "nifti":
-            raise HTTPException(404, "Only uploaded NIfTI scans are shown here.")
-        return Response(self._queue.files(job)[0].read_bytes(), media_type=TYPES["nifti"])
+        """What was segmented, as a NIfTI file."""
+        path = self._scan_path(self._found(number))
+        if path is None or not path.is_file():
+            raise HTTPException(404, "There is no such scan.")
+        return Response(path.read_bytes(), media_type=TYPES["scan"])
+
+    def _scan_path(self, job: Job) -> Path | None:
+        if job.source == "nifti":
+            with suppress(DicomError):
+                return self._queue.files(job)[0]
+        return self._queue.results(job.id).get("scan")
 
     def _restart(self, number: int) -> dict[str, Any]:
         job = self._found(number)
@@ -160,10 +211,9 @@ class Api:
         return _shown(self._found(number))
 
     def _ready(self) -> dict[str, str]:
-        if not self._worker.ready.is_set() or not self._worker.is_alive():
-            raise HTTPException(503, "The model is not loaded.")
-        if not self._queue.has_room():
-            raise HTTPException(503, "The disk is nearly full.")
+        if not self._worker.is_alive():
+            raise HTTPException(503, "Nothing is segmented: the worker has not started, or ended.")
+        self._require_room()
         return {"status": "ready"}
 
     def _metrics(self) -> Response:
@@ -191,18 +241,15 @@ class Api:
         job = self._found(number)
         said = html.escape(json.dumps(_shown(job), indent=1))
         body = f"<p><a href='/'>All jobs</a></p><pre>{said}</pre>"
-        if job.source == "nifti" and self._queue.results(number):
-            body += (
-                _viewer(number)
-                if VIEWER.exists()
-                else ("<p>The viewer is not installed: `make viewer` fetches it from npm.</p>")
-            )
+        if "nifti" in self._queue.results(number) and self._scan_path(job) is not None:
+            body += _viewer(number) if VIEWER.exists() else NO_VIEWER
         return _html(job.label, body)
 
-    def _script(self) -> Response:
-        if not VIEWER.exists():
-            raise HTTPException(404, "The viewer is not installed.")
-        return Response(VIEWER.read_bytes(), media_type="text/javascript")
+    def _script(self, name: str) -> Response:
+        path = STATIC / name
+        if name not in SCRIPTS or not path.exists():
+            raise HTTPException(404, "There is no such script.")
+        return Response(path.read_bytes(), media_type="text/javascript")
 
 
 def _kind(data: bytes) -> str | None:
@@ -232,18 +279,14 @@ def _html(title: str, body: str) -> Response:
         "margin:2em}td,th{padding:.2em 1em;text-align:left}canvas{width:100%;height:60vh}</style>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(NOTICE)}</p>{body}"
     )
-    policy = "default-src 'self'; style-src 'unsafe-inline'; script-src 'self' 'unsafe-inline'"
-    headers = {"Content-Security-Policy": f"{policy}; img-src 'self' data: blob:"}
+    policy = "default-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:"
+    headers = {"Content-Security-Policy": f"{policy}; frame-ancestors 'none'"}
     return Response(page, media_type="text/html; charset=utf-8", headers=headers)
 
 
 def _viewer(number: int) -> str:
-    return f"""<canvas id='view'></canvas><script type='module'>
-import {{ Niivue }} from '/static/niivue.js';
-const viewer = new Niivue({{ isResizeCanvas: true }});
-await viewer.attachTo('view');
-await viewer.loadVolumes([
-  {{ url: '/v1/jobs/{number}/scan', name: 'scan.nii.gz' }},
-  {{ url: '/v1/jobs/{number}/results/nifti', name: 'mask.nii.gz', colormap: 'red', opacity: 0.6 }},
-]);
-</script>"""
+    return (
+        f"<p id='state'>loading</p><canvas id='view' data-scan='/v1/jobs/{number}/scan' "
+        f"data-mask='/v1/jobs/{number}/results/nifti'></canvas>"
+        "<script type='module' src='/static/view.js'></script>"
+    )

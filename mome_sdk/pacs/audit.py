@@ -7,6 +7,7 @@ import json
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,14 @@ class Audit:
         return hashlib.sha256(self._salt + identifier.encode()).hexdigest()[:12]
 
     def write(self, event: str, *, study: str | None = None, **said: Any) -> None:
-        """Add a line; `said` must hold no patient data."""
+        """Add a line; `said` must hold no patient data.
+
+        A full disk stops the receiver before it stops this; a line that cannot be written is no
+        reason to lose an image.
+        """
         line: dict[str, Any] = {"time": round(time.time(), 3), "event": event, **said}
         if study is not None:
             line["study"] = self.hashed(study)
-        with self._lock, self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, sort_keys=True) + "\n")
+        text = json.dumps(line, sort_keys=True) + "\n"
+        with suppress(OSError), self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(text)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import requests
 from dicomweb_client import DICOMwebClient
@@ -12,8 +14,10 @@ from pydicom import Dataset, dcmread, dcmwrite
 
 from mome_sdk.errors import PeerError
 
+from .sender import date_range
 from .settings import DicomWebConfig, token_of
 
+PAGE = 500
 EXPLICIT = (("application/dicom", "1.2.840.10008.1.2.1"),)
 
 
@@ -37,24 +41,56 @@ def store(results: Mapping[str, bytes], server: DicomWebConfig) -> None:
 
 
 def images_of_study(study: str, server: DicomWebConfig) -> int:
-    """How many images the server has of a study (QIDO-RS).
+    """How many images the MR series of a study have (QIDO-RS).
 
     Raises:
         PeerError: `peer.unreachable`, `peer.status`.
     """
-    with _explained():
-        return len(_client(server).search_for_instances(study_instance_uid=study))
+    client, filters = _client(server), {"Modality": "MR"}
+    search = partial(client.search_for_instances, study, search_filters=filters)
+    return len(_identifiers(search, "00080018"))
 
 
-def fetch_study(study: str, server: DicomWebConfig) -> list[bytes]:
-    """All images of a study as files (WADO-RS).
+def recent_studies(days: int, server: DicomWebConfig) -> list[str]:
+    """Study Instance UIDs of the studies with MR images of the last days (QIDO-RS).
 
     Raises:
         PeerError: `peer.unreachable`, `peer.status`.
     """
-    with _explained():
-        found = _client(server).retrieve_study(study, media_types=EXPLICIT)
-        return [_file(each) for each in found]
+    filters = {"StudyDate": date_range(days), "ModalitiesInStudy": "MR"}
+    search = partial(_client(server).search_for_studies, search_filters=filters)
+    return sorted(_identifiers(search, "0020000D"))
+
+
+def fetch_study(study: str, server: DicomWebConfig) -> Iterator[bytes]:
+    """The images of the MR series of a study as files, a series at a time (WADO-RS).
+
+    Raises:
+        PeerError: `peer.unreachable`, `peer.status`.
+    """
+    client, filters = _client(server), {"Modality": "MR"}
+    search = partial(client.search_for_series, study, search_filters=filters)
+    for series in sorted(_identifiers(search, "0020000E")):
+        with _explained():
+            images = client.retrieve_series(study, series, media_types=EXPLICIT)
+        yield from (_file(each) for each in images)
+
+
+def _identifiers(search: Callable[..., list[dict[str, Any]]], tag: str) -> set[str]:
+    """All values of a tag, page by page.
+
+    A server that ignores `offset`, as orthanc-dicomweb 1.7 does in some queries, gives the same
+    page for ever: the first without anything new is the last.
+    """
+    found: set[str] = set()
+    while True:
+        with _explained():
+            page = {str(row[tag]["Value"][0]) for row in search(limit=PAGE, offset=len(found))}
+        if page <= found:
+            return found
+        found |= page
+        if len(page) < PAGE:
+            return found
 
 
 def _file(dataset: Dataset) -> bytes:
@@ -67,7 +103,9 @@ def _client(server: DicomWebConfig) -> DICOMwebClient:
     headers = None
     if server.token_file is not None:
         headers = {"Authorization": f"Bearer {token_of(server.token_file)}"}
-    return DICOMwebClient(server.url, headers=headers)
+    client = DICOMwebClient(server.url, headers=headers, timeout=(15, 120))
+    client.set_http_retry_params(retry=False)  # the queue tries again, and says so
+    return client
 
 
 @contextmanager

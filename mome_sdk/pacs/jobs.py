@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sqlite3
 import threading
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mome_sdk.errors import MomeError
+from mome_sdk.errors import DicomError, MomeError
 from mome_sdk.files import make_folders, write_file
 
 from .settings import RetryConfig
@@ -52,7 +53,9 @@ CREATE TABLE IF NOT EXISTS deliveries (
 );
 """
 LEASE_S = 3600.0
+GONE = "dicom.files-gone"
 OPEN = ("complete", "segmented")
+SENT = ("seg", "sr", "sc")  # the results that go to the PACS; others are for people to look at
 ENDED = ("delivered", "failed", "superseded")
 
 
@@ -94,8 +97,12 @@ class JobQueue:
     """
 
     def __init__(self, folder: Path, *, free_mb: int = 0) -> None:
-        self._files = folder / "files"
+        self._files, self._incoming = folder / "files", folder / "incoming"
         make_folders(self._files)
+        make_folders(self._incoming)
+        for number in range(256):
+            (self._files / f"{number:02x}").mkdir(exist_ok=True)
+        _sync_folder(self._files)
         self._free = free_mb * 2**20
         self._lock = threading.RLock()
         self._db = sqlite3.connect(
@@ -131,9 +138,17 @@ class JobQueue:
             return self._db.execute(sql, values).fetchall()
 
     def _reconcile(self) -> None:
-        """After a crash: nobody works on a job; files without a row were not acknowledged."""
+        """After a crash: nobody works on a job; files without a row were not acknowledged.
+
+        A job that was at hand counts one attempt more: what takes the process down has an end, too.
+        """
         with self._transaction() as db:
-            db.execute("UPDATE jobs SET leased = 0 WHERE leased > 0")
+            db.execute(
+                "UPDATE jobs SET leased = 0, attempts = attempts + 1 WHERE leased > 0 AND "
+                "state IN ('complete', 'segmented')"
+            )
+        for path in self._incoming.iterdir():
+            path.unlink()
         named = {row[0] for row in self._rows("SELECT sha256 FROM images")}
         for row in self._rows("SELECT files FROM jobs"):
             named |= {*json.loads(row[0])}
@@ -153,10 +168,13 @@ class JobQueue:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self._path(sha256)
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
             write_file(path, data)
             _sync_folder(path.parent)
         return sha256
+
+    def new_file(self) -> Path:
+        """A name for bytes that are still coming; `upload` takes the file, a restart removes it."""
+        return self._incoming / secrets.token_hex(16)
 
     def has_room(self) -> bool:
         """Whether more than the low-water mark of the disk is free."""
@@ -165,14 +183,17 @@ class JobQueue:
     # ---- images
 
     def receive(self, study: str, sop: str, data: bytes, peer: str) -> bool:
-        """Keep an image for good; False if the very same was there already.
+        """Keep an image for good; False if the very same was there already, with its file.
 
         Another image of the same SOP Instance UID takes the place of the first.
         """
+        restored = not self._path(hashlib.sha256(data).hexdigest()).exists()
         sha256, now = self._keep(data), time.time()
         with self._transaction() as db:
+            if not self._path(sha256).exists():  # swept between the two
+                self._keep(data)
             known = db.execute("SELECT sha256 FROM images WHERE sop = ?", (sop,)).fetchone()
-            if known is not None and known[0] == sha256:
+            if known is not None and known[0] == sha256 and not restored:
                 return False
             db.execute(
                 "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", (sop, study, sha256, now)
@@ -184,17 +205,30 @@ class JobQueue:
             )
         return True
 
-    def upload(self, data: bytes, source: str) -> int:
-        """A job for an uploaded file; the same file again is the same job."""
-        sha256, now = self._keep(data), time.time()
+    def upload(self, path: Path, source: str) -> int:
+        """A job for a file of `new_file`; the same file again is the same job.
+
+        It is done again where its results were removed for their age.
+        """
+        sha256, now = _hash_on_disk(path), time.time()
         with self._transaction() as db:
+            path.replace(self._path(sha256))
+            _sync_folder(self._path(sha256).parent)
             db.execute(
                 "INSERT OR IGNORE INTO jobs (study, source, images, state, created, changed) "
                 "VALUES (?, ?, '', 'complete', ?, ?)",
                 (sha256, source, now, now),
             )
             row = db.execute("SELECT id FROM jobs WHERE study = ? AND images = ''", (sha256,))
-            return int(row.fetchone()[0])
+            number = int(row.fetchone()[0])
+            if not all(made.is_file() for made in self.results(number).values()):
+                again = "UPDATE jobs SET state = 'complete' WHERE id = ? AND state = 'delivered'"
+                db.execute(again, (number,))
+            return number
+
+    def images_of(self, study: str) -> int:
+        """How many images of a study were received."""
+        return int(self._rows("SELECT COUNT(*) FROM images WHERE study = ?", study)[0][0])
 
     def pending(self) -> list[tuple[str, str, int, float, float]]:
         """Studies with new images: (study, peer, images, seconds since the first and the last)."""
@@ -226,9 +260,13 @@ class JobQueue:
             text = json.dumps([list(row) for row in images])
             identity = hashlib.sha256(text.encode()).hexdigest()
             db.execute("UPDATE studies SET pending = 0, first = ? WHERE study = ?", (now, study))
-            same = "SELECT 1 FROM jobs WHERE study = ? AND images = ?"
-            if db.execute(same, (study, identity)).fetchone():
-                return None
+            same = "SELECT id FROM jobs WHERE study = ? AND images = ?"
+            known = db.execute(same, (study, identity)).fetchone()
+            if known is not None:  # sent again after its files were removed
+                gone = "state = 'complete', attempts = 0, due = 0, code = '', message = ''"
+                again = f"UPDATE jobs SET {gone} WHERE id = ? AND state = 'failed' AND code = ?"
+                changed = db.execute(again, (known["id"], GONE)).rowcount
+                return int(known["id"]) if changed else None
             db.execute(
                 "UPDATE jobs SET state = 'superseded', changed = ? WHERE study = ? AND state IN "
                 "('complete', 'segmented', 'failed')",
@@ -259,11 +297,23 @@ class JobQueue:
         return _job(row)
 
     def files(self, job: Job) -> list[Path]:
-        """The received files of a job: those that it was made of, whatever came later."""
-        if job.source != "dicom":
-            return [self._path(job.study)]
-        rows = self._rows("SELECT files FROM jobs WHERE id = ?", job.id)
-        return [self._path(sha256) for sha256 in json.loads(rows[0]["files"])]
+        """The received files of a job: those that it was made of, whatever came later.
+
+        Raises:
+            DicomError: `dicom.files-gone`, some were removed, for their age.
+        """
+        hashes = [job.study]
+        if job.source == "dicom":
+            rows = self._rows("SELECT files FROM jobs WHERE id = ?", job.id)
+            hashes = json.loads(rows[0]["files"])
+        paths = [self._path(sha256) for sha256 in hashes]
+        if gone := sum(not path.is_file() for path in paths):
+            raise DicomError(
+                GONE,
+                f"{gone} of {len(paths)} files of this job were removed keep_hours after its end.",
+                hint="Send the whole study again.",
+            )
+        return paths
 
     def segmented(self, job: Job, results: Mapping[str, bytes], said: Mapping[str, Any]) -> bool:
         """Keep a job's results; False if it was superseded meanwhile."""
@@ -295,7 +345,7 @@ class JobQueue:
             (target, name)
             for target in targets
             for name in self.results(job.id)
-            if (target, name) not in sent
+            if name in SENT and (target, name) not in sent
         ]
 
     def sent(self, job: Job, target: str, name: str) -> None:
@@ -383,26 +433,41 @@ class JobQueue:
 
         Rows stay: a repeated study is recognised.
         """
-        limit = time.time() - older_s
-        rows = self._rows(
-            "SELECT DISTINCT study FROM jobs WHERE study NOT IN (SELECT study FROM jobs WHERE "
-            "state NOT IN ('delivered', 'superseded') OR changed > ?)",
-            limit,
-        )
-        removed = 0
-        for row in rows:
-            hashes = [r[0] for r in self._rows("SELECT sha256 FROM images WHERE study = ?", row[0])]
-            for sha256 in (*hashes, row[0]):
-                path = self._path(sha256)
-                if path.is_file():
-                    path.unlink()
-                    removed += 1
+        limit, removed = time.time() - older_s, 0
+        with self._lock:  # no image comes in between
+            ended = self._rows(
+                "SELECT DISTINCT study FROM jobs WHERE study NOT IN (SELECT study FROM jobs WHERE "
+                "state NOT IN ('delivered', 'superseded') OR changed > ?) AND study NOT IN "
+                "(SELECT study FROM studies WHERE pending = 1)",
+                limit,
+            )
+            for (study,) in ended:
+                rows = self._rows(
+                    "SELECT sha256 FROM images WHERE study = ? UNION SELECT r.sha256 FROM "
+                    "results r JOIN jobs j ON j.id = r.job WHERE j.study = ?",
+                    *(study, study),
+                )
+                for sha256 in (*(row[0] for row in rows), study):
+                    path = self._path(sha256)
+                    if path.is_file():
+                        path.unlink()
+                        removed += 1
         return removed
 
 
 def _job(row: sqlite3.Row) -> Job:
     names = ("id", "study", "source", "state", "attempts", "code", "message")
     return Job(**{name: row[name] for name in names}, said=json.loads(row["said"]))
+
+
+def _hash_on_disk(path: Path) -> str:
+    """sha256 of a file, whose bytes are on the disk when this returns."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for part in iter(lambda: file.read(2**20), b""):
+            digest.update(part)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def _sync_folder(folder: Path) -> None:

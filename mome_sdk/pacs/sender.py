@@ -1,20 +1,26 @@
-"""The DICOM sender: C-STORE with a status for each object, C-FIND of a study's size, C-MOVE."""
+"""The DICOM sender: C-STORE with a status for each object, storage commitment, C-FIND, C-MOVE."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import date, timedelta
 from typing import Any
 
 from pydicom import Dataset, dcmread
+from pydicom.uid import generate_uid
 from pynetdicom import AE, build_context
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
+    StorageCommitmentPushModel,
+    StorageCommitmentPushModelInstance,
     StudyRootQueryRetrieveInformationModelFind,
     StudyRootQueryRetrieveInformationModelMove,
 )
 
 from mome_sdk.errors import PeerError
 
+from .commitment import Commitments
 from .settings import NodeConfig, Peer
 
 SUCCESS, PENDING = 0x0000, (0xFF00, 0xFF01)
@@ -34,53 +40,108 @@ def send(results: Mapping[str, bytes], peer: Peer, node: NodeConfig) -> None:
     """
     objects = [dcmread(io.BytesIO(data)) for data in results.values()]
     contexts = {str(o.SOPClassUID): str(o.file_meta.TransferSyntaxUID) for o in objects}
-    association = _associate(peer, node, [build_context(k, v) for k, v in contexts.items()])
-    try:
+    with _associated(peer, node, [build_context(k, v) for k, v in contexts.items()]) as association:
         for name, each in zip(results, objects, strict=True):
             try:
                 answer = association.send_c_store(each)
             except ValueError as error:  # no context for it was accepted
                 raise _refused(peer, f"it does not accept the {name} object") from error
             status = getattr(answer, "Status", None)
-            if status is None:
-                raise PeerError(
-                    "peer.unreachable",
-                    f"{peer.aet} gave no answer to the {name} object.",
-                    hint="It is sent again.",
-                    retryable=True,
-                )
-            if status != SUCCESS and status not in WARNINGS:
-                raise PeerError(
-                    "peer.status",
-                    f"{peer.aet} answered 0x{status:04X} to the {name} object.",
-                    hint="0x0000 is expected; it is sent again.",
-                    retryable=True,
-                )
-    finally:
-        association.release()
+            if status is None or (status != SUCCESS and status not in WARNINGS):
+                raise _answered(peer, status, f"the {name} object")
+
+
+def commit(
+    results: Mapping[str, bytes], peer: Peer, node: NodeConfig, commitments: Commitments
+) -> None:
+    """Have a peer promise to keep objects that it was sent (PS3.4 annex J).
+
+    Raises:
+        PeerError: `peer.unreachable`, `peer.refused`, `peer.status`; `peer.not-committed`, there
+            was no promise for all of them within `commit_s`.
+    """
+    tags = ["SOPClassUID", "SOPInstanceUID"]
+    headers = [dcmread(io.BytesIO(data), specific_tags=tags) for data in results.values()]
+    wanted = {str(each.SOPInstanceUID) for each in headers}
+    request = Dataset()
+    request.TransactionUID = generate_uid()
+    request.ReferencedSOPSequence = [_reference(each) for each in headers]
+    model, instance = StorageCommitmentPushModel, StorageCommitmentPushModelInstance
+    with commitments.expected(str(request.TransactionUID)):
+        with _associated(peer, node, [build_context(model)]) as association:
+            answer, _ = association.send_n_action(request, 1, model, instance)
+            status = getattr(answer, "Status", None)
+            if status != SUCCESS:
+                raise _answered(peer, status, "a storage commitment request")
+        kept = commitments.wait(str(request.TransactionUID), node.commit_s)
+    if kept is None or not wanted <= kept:
+        promised = 0 if kept is None else len(wanted & kept)
+        raise PeerError(
+            "peer.not-committed",
+            f"{peer.aet} promised to keep {promised} of {len(wanted)} objects.",
+            hint="They are sent again; check that it knows this node's address.",
+            retryable=True,
+        )
+
+
+def _reference(header: Dataset) -> Dataset:
+    item = Dataset()
+    item.ReferencedSOPClassUID = header.SOPClassUID
+    item.ReferencedSOPInstanceUID = header.SOPInstanceUID
+    return item
 
 
 def images_of_study(study: str, peer: Peer, node: NodeConfig) -> int | None:
-    """How many images a peer says a study has; None if it does not say."""
+    """How many images the MR series of a study have, as a peer says; None if it does not say."""
     query = Dataset()
-    query.QueryRetrieveLevel = "STUDY"
+    query.QueryRetrieveLevel = "SERIES"
     query.StudyInstanceUID = study
-    query.NumberOfStudyRelatedInstances = ""
-    model = StudyRootQueryRetrieveInformationModelFind
+    query.Modality = "MR"
+    query.SeriesInstanceUID = query.NumberOfSeriesRelatedInstances = ""
     try:
-        association = _associate(peer, node, [build_context(model)])
+        found = [
+            each.get("NumberOfSeriesRelatedInstances")
+            for each in _find(query, peer, node)
+            if each.get("Modality") == "MR"
+        ]
     except PeerError:
         return None
-    try:
-        for status, found in association.send_c_find(query, model):
-            if status and status.Status in PENDING and found is not None:
-                number = found.get("NumberOfStudyRelatedInstances")
-                return int(number) if number else None
-    except (ValueError, RuntimeError):
+    if not found or not all(found):
         return None
-    finally:
-        association.release()
-    return None
+    return sum(int(number) for number in found)
+
+
+def recent_studies(days: int, peer: Peer, node: NodeConfig) -> list[str]:
+    """Study Instance UIDs of the studies with MR images of the last days.
+
+    Raises:
+        PeerError: `peer.unreachable`, `peer.refused`, `peer.status`.
+    """
+    query = Dataset()
+    query.QueryRetrieveLevel = "STUDY"
+    query.StudyDate = date_range(days)
+    query.ModalitiesInStudy = "MR"
+    query.StudyInstanceUID = ""
+    return sorted(str(each.StudyInstanceUID) for each in _find(query, peer, node))
+
+
+def date_range(days: int) -> str:
+    """The last days and tomorrow, as a range of dates (PS3.4 C.2.2.2.5)."""
+    today = date.today()
+    return f"{today - timedelta(days):%Y%m%d}-{today + timedelta(1):%Y%m%d}"
+
+
+def _find(query: Dataset, peer: Peer, node: NodeConfig) -> list[Dataset]:
+    model, found = StudyRootQueryRetrieveInformationModelFind, []
+    with _associated(peer, node, [build_context(model)]) as association:
+        status = None
+        for answer, each in association.send_c_find(query, model):
+            status = getattr(answer, "Status", None)
+            if status in PENDING and each is not None:
+                found.append(each)
+    if status != SUCCESS:
+        raise _answered(peer, status, "a C-FIND")
+    return found
 
 
 def fetch_study(study: str, peer: Peer, node: NodeConfig) -> int:
@@ -93,25 +154,19 @@ def fetch_study(study: str, peer: Peer, node: NodeConfig) -> int:
     query.QueryRetrieveLevel = "STUDY"
     query.StudyInstanceUID = study
     model = StudyRootQueryRetrieveInformationModelMove
-    association = _associate(peer, node, [build_context(model)])
     last: Any = None
-    try:
+    with _associated(peer, node, [build_context(model)]) as association:
         for status, _ in association.send_c_move(query, node.aet, model):
             last = status or last
-    finally:
-        association.release()
-    if last is None or last.Status != SUCCESS:
-        said = "no answer" if last is None else f"0x{last.Status:04X}"
-        raise PeerError(
-            "peer.status",
-            f"{peer.aet} answered {said} to a C-MOVE.",
-            hint="Check that it knows this node's AE title and address.",
-            retryable=True,
-        )
+    status = getattr(last, "Status", None)
+    if status != SUCCESS:
+        raise _answered(peer, status, "a C-MOVE")
     return int(getattr(last, "NumberOfCompletedSuboperations", 0))
 
 
-def _associate(peer: Peer, node: NodeConfig, contexts: list[Any]) -> Any:
+@contextmanager
+def _associated(peer: Peer, node: NodeConfig, contexts: list[Any]) -> Iterator[Any]:
+    """An association that is released in the end."""
     entity = AE(ae_title=node.aet)
     entity.acse_timeout, entity.dimse_timeout, entity.network_timeout = 30, 120, 120
     entity.connection_timeout = 15
@@ -122,14 +177,29 @@ def _associate(peer: Peer, node: NodeConfig, contexts: list[Any]) -> Any:
     association = entity.associate(
         peer.host, peer.port, contexts=contexts, ae_title=peer.aet, tls_args=tls
     )
-    if association.is_established:
-        return association
     if association.is_rejected:
         raise _refused(peer, "it rejected the association")
-    raise PeerError(
-        "peer.unreachable",
-        f"{peer.aet} at port {peer.port} cannot be reached.",
-        hint="It is tried again.",
+    if not association.is_established:
+        raise PeerError(
+            "peer.unreachable",
+            f"{peer.aet} at port {peer.port} cannot be reached, or did not accept anything.",
+            hint="It is tried again.",
+            retryable=True,
+        )
+    try:
+        yield association
+    except (ValueError, RuntimeError) as error:  # it was cut, or accepted no context
+        raise _refused(peer, "it ended the association, or does not offer the service") from error
+    finally:
+        association.release()
+
+
+def _answered(peer: Peer, status: int | None, to: str) -> PeerError:
+    said = "no answer" if status is None else f"0x{status:04X}"
+    return PeerError(
+        "peer.unreachable" if status is None else "peer.status",
+        f"{peer.aet} gave {said} to {to}.",
+        hint="0x0000 is expected; it is tried again. Check what this node may do there.",
         retryable=True,
     )
 

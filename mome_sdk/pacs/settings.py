@@ -54,9 +54,12 @@ class Peer:
 
     Attributes:
         aet, host, port: Its address.
-        sends: It may send studies to us, from this host alone.
+        sends: It may send studies to us, from this host (an IP address) alone.
         receives: Results are sent to it.
-        answers: It is asked by C-FIND how many images a study has.
+        commits: It is asked to commit itself to storing them; without that they are sent again.
+        answers: It is asked by C-FIND how many MR images a study has.
+        backfill_days: Studies of so many days are fetched from it by C-MOVE where images of them
+            are missing here; 0 for none.
         tls: The connection to it is encrypted, with the node's own certificate.
     """
 
@@ -65,7 +68,9 @@ class Peer:
     port: int
     sends: bool = False
     receives: bool = False
+    commits: bool = False
     answers: bool = False
+    backfill_days: int = 0
     tls: bool = False
 
 
@@ -76,11 +81,14 @@ class DicomWebConfig:
     Attributes:
         url: Its root, such as "http://127.0.0.1:8042/dicom-web".
         receives: Results are sent to it by STOW-RS.
+        backfill_days: Studies of so many days are fetched from it by QIDO-RS and WADO-RS where
+            images of them are missing here; 0 for none.
         token_file: Holds what is sent as a bearer token.
     """
 
     url: str
     receives: bool = True
+    backfill_days: int = 0
     token_file: str | None = None
 
 
@@ -92,9 +100,11 @@ class NodeConfig:
         aet, host, port: Our address; a host that is not this machine alone needs peers that send.
         tls: Only encrypted associations are accepted.
         associations: At the same time.
-        association_mb: Of one image; a sender of more is cut off.
+        memory_mb: Of the images that are being received, together; a sender of more is cut off.
         quiet_s: A study is complete when nothing came for so long.
         wait_s: The longest time that a study waits for images that a peer announced.
+        backfill_s: Time between two looks for missing images; the first is at the start.
+        commit_s: The longest time that a storage commitment is waited for.
     """
 
     aet: str = "MOME"
@@ -102,9 +112,11 @@ class NodeConfig:
     port: int = 11112
     tls: TlsConfig | None = None
     associations: int = 20
-    association_mb: int = 512
+    memory_mb: int = 256
     quiet_s: float = 30.0
     wait_s: float = 900.0
+    backfill_s: float = 3600.0
+    commit_s: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -143,23 +155,28 @@ class ResultConfig:
     """What is made of a study.
 
     Attributes:
-        model, engine: As of `mome predict`.
+        model, engine, device, precision, mirror: As of `mome predict`.
         threads: Of the engine; 0: all cores.
         formats: Of "seg", "sr" and "sc" those that are sent.
         series: As `--series`.
         rules: File of a site's own series rules.
         segments: "lesion", one segment each, or "all".
         empty_seg: Whether a SEG is sent where nothing is found.
+        view: Whether image and mask are kept for the status page, as NIfTI files.
     """
 
     model: str = "demo"
     engine: str = "auto"
+    device: str = "cpu"
+    precision: str | None = None
+    mirror: Literal["none", "all"] = "none"
     threads: int = 0
     formats: tuple[str, ...] = ("seg", "sr", "sc")
     series: str = "auto"
     rules: str | None = None
     segments: Literal["lesion", "all"] = "lesion"
     empty_seg: bool = False
+    view: bool = True
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,11 @@ class ServiceConfig:
                 _refuse(f"{aet!r} is no AE title", "1 to 16 printable characters, no backslash")
         if wrong := sorted({*self.results.formats} - {"seg", "sr", "sc"}):
             _refuse(f"results.formats has {wrong[0]!r}", "seg, sr, sc")
+        names = [peer.aet for peer in self.peers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            _refuse(f"there are two peers {twice[0]!r}", "one of each AE title")
+        if wrong := sorted(p.host for p in self.peers if p.sends and not _is_address(p.host)):
+            _refuse(f"a peer that sends has the host {wrong[0]!r}", "its IP address")
         if any(peer.tls for peer in self.peers) and self.node.tls is None:
             _refuse("a peer has tls, and [node.tls] is missing", "our own certificate there")
         if not _is_loopback(self.node.host) and not any(peer.sends for peer in self.peers):
@@ -225,6 +247,14 @@ def token_of(path: str) -> str:
     if len(token) < 16:
         _refuse(f"the token in {path} has {len(token)} characters", "16 or more")
     return token
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_loopback(host: str) -> bool:

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mome_sdk.dicom.classify import load_rules
 from mome_sdk.errors import DicomError, EngineError, MomeError, PeerError
-from mome_sdk.nifti import read_nifti
+from mome_sdk.nifti import read_nifti, write_nifti
+from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
 from mome_sdk.study import read_study, results
+from mome_sdk.volume import Volume
 
 from . import dicomweb, sender
 from .audit import Audit
+from .commitment import Commitments
 from .jobs import Job, JobQueue
 from .settings import ServiceConfig
 
 IDLE_S = 0.5
 WEB = "dicomweb"
-Open = Callable[[], Segmenter]
 
 
 class Worker(threading.Thread):
@@ -33,20 +36,26 @@ class Worker(threading.Thread):
         config: Of the service.
         queue: Where the jobs are.
         audit: What became of them.
-        segmenter: Opens the model; called once, in the worker's thread.
+        segmenter: The model.
+        commitments: Reports of peers; None if nobody is asked for them.
     """
 
     def __init__(
-        self, config: ServiceConfig, queue: JobQueue, audit: Audit, segmenter: Open
+        self,
+        config: ServiceConfig,
+        queue: JobQueue,
+        audit: Audit,
+        *,
+        segmenter: Segmenter,
+        commitments: Commitments | None = None,
     ) -> None:
         super().__init__(name="worker", daemon=True)
-        self._config, self._queue, self._audit, self._open = config, queue, audit, segmenter
+        self._config, self._queue, self._audit = config, queue, audit
+        self._segmenter, self._commitments = segmenter, commitments
         self._stopping = threading.Event()
-        self._segmenter: Segmenter | None = None
         self._peers = {peer.aet: peer for peer in config.peers if peer.receives}
         self._rules = load_rules(Path(config.results.rules) if config.results.rules else None)
         self._swept = 0.0
-        self.ready = threading.Event()
         self.seconds = 0.0  # of the last job
 
     @property
@@ -60,21 +69,29 @@ class Worker(threading.Thread):
         self._stopping.set()
 
     def run(self) -> None:
-        """Work until stopped."""
-        self._segmenter = self._open()
-        self.ready.set()
+        """Work until stopped; a disk that is full for a while does not end it."""
         while not self._stopping.is_set():
-            job = self._queue.lease()
-            if job is None:
-                self._sweep()
-                self._stopping.wait(IDLE_S)
-            else:
-                self.work(job)
+            try:
+                job = self._queue.lease()
+                if job is None:
+                    self._sweep()
+                else:
+                    self.work(job)
+                    continue
+            except (OSError, sqlite3.Error) as error:
+                self._audit.write("queue-failed", code=type(error).__name__)
+            self._stopping.wait(IDLE_S)
 
     def work(self, job: Job) -> None:
         """Take a job as far as it goes."""
         started = time.monotonic()
         try:
+            if job.attempts >= self._config.retry.attempts:  # each of them took the process down
+                raise DicomError(
+                    "job.crashed",
+                    f"The node was ended {job.attempts} times while it worked on this job.",
+                    hint="Look for a lack of memory; it can be started again.",
+                )
             if job.state == "complete":
                 made, said = self._segment(job)
                 said["seconds"] = round(time.monotonic() - started, 2)
@@ -100,7 +117,6 @@ class Worker(threading.Thread):
         self._audit.write("failed", study=job.study, job=job.id, code=error.code, state=state)
 
     def _segment(self, job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
-        assert self._segmenter is not None
         files = self._queue.files(job)
         if job.source == "nifti":
             return self._segment_nifti(files[0])
@@ -119,6 +135,8 @@ class Worker(threading.Thread):
             segments=wanted.segments,
             empty_seg=wanted.empty_seg,
         )
+        if wanted.view:
+            made |= _for_people(chosen.volume, found)
         return made, {
             "modality": chosen.series.modality,
             "series": chosen.series.label,
@@ -129,7 +147,6 @@ class Worker(threading.Thread):
         }
 
     def _segment_nifti(self, path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-        assert self._segmenter is not None
         with tempfile.TemporaryDirectory(prefix="mome-") as folder:
             zipped = path.read_bytes()[:2] == b"\x1f\x8b"
             named = Path(folder, "scan.nii.gz" if zipped else "scan.nii")
@@ -150,7 +167,7 @@ class Worker(threading.Thread):
         for target, name in self._queue.undelivered(job, self.targets):
             waiting.setdefault(target, {})[name] = files[name].read_bytes()
         for target, objects in waiting.items():
-            self._send(target, objects)
+            self._send(target, objects)  # and again after a crash: the same objects, no others
             for name in objects:
                 self._queue.sent(job, target, name)
 
@@ -159,12 +176,24 @@ class Worker(threading.Thread):
             assert self._config.dicomweb is not None
             dicomweb.store(objects, self._config.dicomweb)
         else:
-            sender.send(objects, self._peers[target], self._config.node)
+            peer, node = self._peers[target], self._config.node
+            sender.send(objects, peer, node)
+            if peer.commits and self._commitments is not None:
+                sender.commit(objects, peer, node, self._commitments)
 
     def _sweep(self) -> None:
         if time.monotonic() - self._swept > 600:
             self._swept = time.monotonic()
             self._queue.sweep(self._config.keep_hours * 3600)
+
+
+def _for_people(scan: Volume, found: Segmentation) -> dict[str, bytes]:
+    """Image and mask as NIfTI files, for the status page; no header of the study is in them."""
+    with tempfile.TemporaryDirectory(prefix="mome-") as folder:
+        paths = {"scan": Path(folder, "scan.nii.gz"), "nifti": Path(folder, "mask.nii.gz")}
+        write_nifti(scan, paths["scan"])
+        found.save(paths["nifti"])
+        return {name: path.read_bytes() for name, path in paths.items()}
 
 
 def _countable(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import time
@@ -60,9 +61,15 @@ def test_a_zip_and_a_scan_are_segmented(serve, configure, tmp_path):
     job = wait_for(json.loads(said)["job"])
     assert job["state"] == "delivered", job
     assert job["found"]["modality"] == "FLAIR"
-    assert {url.rpartition("/")[2] for url in job["results"]} == {"seg", "sr", "sc"}
-    assert ask(job["results"][0])[1][128:132] == b"DICM"
+    assert {url.rpartition("/")[2] for url in job["results"]} == {
+        *("seg", "sr", "sc"),
+        *("nifti", "scan"),
+    }
+    assert ask(f"/v1/jobs/{job['job']}/results/seg")[1][128:132] == b"DICM"
     assert PATIENT_ID not in json.dumps(job)
+    seen = gzip.decompress(ask(f"/v1/jobs/{job['job']}/scan")[1])
+    assert seen[344:347] == b"n+1"
+    assert PATIENT_ID.encode() not in seen
 
     volume = phantom(where=grid(10.0))
     write_nifti(volume, tmp_path / "scan.nii.gz")
@@ -106,3 +113,23 @@ def test_a_token_is_asked_for(serve, configure, tmp_path):
     assert ask("/v1/jobs")[0] == 401
     assert ask("/v1/jobs", Authorization="Bearer wrong")[0] == 401
     assert ask("/v1/jobs", Authorization="Bearer a-long-enough-secret")[0] == 200
+
+
+def test_pages_of_other_sites_cannot_ask(serve, configure):
+    """Neither under a name of their own that leads here, nor by a form."""
+    serve(configure())
+    assert ask("/v1/jobs")[0] == 200
+    assert ask("/v1/jobs", Host=f"localhost:{OWN_HTTP}")[0] == 200
+    assert ask("/v1/jobs", Host="rebound.example")[0] == 421
+    assert ask("/v1/predict", b"PK\x03\x04", Origin="http://evil.example")[0] == 403
+    assert ask("/static/..%2Fapi.py")[0] == 404
+    assert ask("/static/api.py")[0] == 404
+
+
+def test_a_full_disk_is_said_before_the_upload(serve, configure, monkeypatch):
+    service = serve(configure())
+    assert ask("/readyz")[0] == 200
+    monkeypatch.setattr(service.queue, "has_room", lambda: False)
+    assert ask("/v1/predict", b"PK\x03\x04")[0] == 503
+    assert ask("/readyz")[0] == 503
+    assert list((service.queue._incoming).iterdir()) == []

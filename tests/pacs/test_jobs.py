@@ -118,7 +118,8 @@ def test_after_a_crash_leases_are_gone_and_files_without_a_row_too(tmp_path):
     orphan.write_bytes(b"never acknowledged")
     kept = sorted(path for path in (tmp_path / "files").glob("*/*") if path != orphan)
     again = JobQueue(tmp_path)  # the first one did not end well
-    assert again.lease().id == number
+    job = again.lease()
+    assert (job.id, job.attempts) == (number, 1)  # what ends the process has an end, too
     assert not orphan.exists()
     assert sorted((tmp_path / "files").glob("*/*")) == kept
     mode = sqlite3.connect(tmp_path / "queue.sqlite").execute("PRAGMA journal_mode").fetchone()
@@ -128,9 +129,15 @@ def test_after_a_crash_leases_are_gone_and_files_without_a_row_too(tmp_path):
 
 
 def test_an_upload_is_a_job(queue):
-    number = queue.upload(b"PK\x03\x04", "zip")
-    assert queue.upload(b"PK\x03\x04", "zip") == number
+    number = uploaded(queue, b"PK\x03\x04")
+    assert uploaded(queue, b"PK\x03\x04") == number
     assert queue.files(queue.get(number))[0].read_bytes() == b"PK\x03\x04"
+
+
+def uploaded(queue: JobQueue, data: bytes) -> int:
+    path = queue.new_file()
+    path.write_bytes(data)
+    return queue.upload(path, "zip")
 
 
 def test_files_of_what_ended_go_and_rows_stay(queue):
@@ -140,9 +147,48 @@ def test_files_of_what_ended_go_and_rows_stay(queue):
     queue.delivered(job)
     assert queue.sweep(3600) == 0
     time.sleep(0.01)
-    assert queue.sweep(0) == 3
+    assert queue.sweep(0) == 4  # three images, one result
     assert queue.get(number).state == "delivered"
-    assert not queue.receive("1.2", "1.2.0", b"image 0", "SCANNER")
+    assert queue.receive("1.2", "1.2.0", b"image 0", "SCANNER")  # its file is back
+
+
+def test_a_late_slice_of_a_study_whose_files_are_gone_asks_for_the_whole_study(queue):
+    filled(queue)
+    job = queue.lease()
+    queue.segmented(job, {"seg": b"s"}, {})
+    queue.delivered(job)
+    time.sleep(0.01)
+    queue.sweep(0)
+    queue.receive("1.2", "1.2.9", b"image 9", "SCANNER")
+    late = queue.complete("1.2", 4)
+    with pytest.raises(DicomError, match="3 of 4 files") as caught:
+        queue.files(queue.lease())
+    queue.failed(queue.get(late), caught.value, RETRY, again=False)
+    for number in range(3):
+        queue.receive("1.2", f"1.2.{number}", b"image %d" % number, "SCANNER")
+    assert queue.complete("1.2", 4) == late
+    assert len(queue.files(queue.lease())) == 4
+
+
+def test_files_that_somebody_waits_for_are_not_swept(queue):
+    number = filled(queue)
+    assert queue.sweep(0) == 0
+    job = queue.lease()
+    queue.failed(job, DicomError("dicom.x", "Bad."), RETRY, again=False)
+    time.sleep(0.01)
+    assert queue.sweep(0) == 0  # it can be restarted
+    assert queue.get(number).state == "failed"
+
+
+def test_an_upload_whose_results_are_gone_is_done_again(queue):
+    number = uploaded(queue, b"PK\x03\x04")
+    job = queue.lease()
+    queue.segmented(job, {"seg": b"s"}, {})
+    queue.delivered(job)
+    time.sleep(0.01)
+    assert queue.sweep(0) == 2
+    assert uploaded(queue, b"PK\x03\x04") == number
+    assert queue.lease().state == "complete"
 
 
 def test_a_full_disk_is_noticed(tmp_path):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import io
 import json
 import time
+from datetime import date
 from pathlib import Path
 
 import pydicom
 import pytest
 
-from dicom_files import PATIENT_ID, PATIENT_NAME
+from dicom_files import PATIENT_ID, PATIENT_NAME, classic, save
 from mome_sdk.pacs import dicomweb, sender
 from mome_sdk.pacs.service import wait_until
 from mome_sdk.pacs.settings import DicomWebConfig
 from pacs.conftest import CONFIG, DICOM, HTTP, small_study, storescu
+from phantom import grid, phantom
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +130,59 @@ def test_a_peer_is_asked_how_many_images_there_are(orthanc, serve, configure, tm
     assert sender.fetch_study(uid, peer, config.node) == images  # C-MOVE to us
     assert wait_until(lambda: finished(service), 40), service.queue.counts()
     web = DicomWebConfig(f"http://127.0.0.1:{HTTP}/dicom-web")
-    assert dicomweb.images_of_study(uid, web) == images + 3
-    files = dicomweb.fetch_study(uid, web)
-    assert len(files) == images + 3
-    assert sum(pydicom.dcmread(io.BytesIO(data)).Modality == "MR" for data in files) == images
+    assert sum(len(v) for v in orthanc.results().values()) == 3  # which do not count:
+    assert sender.images_of_study(uid, peer, config.node) == images
+    assert dicomweb.images_of_study(uid, web) == images
+    files = list(dicomweb.fetch_study(uid, web))
+    assert len(files) == images
+    assert {pydicom.dcmread(io.BytesIO(data)).Modality for data in files} == {"MR"}
+
+
+@pytest.mark.parametrize("way", ["C-MOVE", "WADO"])
+def test_what_never_came_is_fetched(orthanc, serve, configure, tmp_path, way):
+    """The PACS has two studies of today, one of last year, and half of one is here already."""
+    today = f"{date.today():%Y%m%d}"
+    for number, day in enumerate((today, today, "20200102"), start=1):
+        volume = phantom(where=grid(12.0).reorient("LPS"))
+        study = classic(volume, "FLAIR", study=f"study-{number}", StudyDate=day)
+        save(study, tmp_path / str(number))
+        assert storescu(tmp_path / str(number), "-aec", "ORTHANC", port=DICOM) == 0
+    if way == "C-MOVE":
+        changes = [('aet = "ORTHANC"\n', 'aet = "ORTHANC"\nsends = true\nbackfill_days = 2\n')]
+    else:
+        changes = [(CONFIG[-20:], CONFIG[-20:] + WEB + "receives = false\nbackfill_days = 2\n")]
+    half = tmp_path / "half"
+    half.mkdir()
+    for path in sorted((tmp_path / "1").iterdir())[::2]:
+        path.rename(half / path.name)
+    service = serve(configure(("quiet_s = 1.5", "quiet_s = 3"), *changes))
+    assert storescu(half) == 0
+    assert wait_until(lambda: finished(service, 2), 60), service.queue.counts()
+    assert service.backfill.look() == 0  # and then there is nothing more to fetch
+    assert {job.said["lesions"] for job in service.queue.latest()} == {1}
+    assert {name: len(v) for name, v in orthanc.results().items()} == {"SEG": 2, "SR": 2, "OT": 2}
+
+
+def test_a_peer_promises_to_keep_what_it_was_sent(orthanc, serve, configure, tmp_path):
+    """Storage commitment: asked for, and answered by a connection of Orthanc to us."""
+    asked = 'aet = "ORTHANC"\ncommits = true\n'
+    service = serve(configure(('aet = "ORTHANC"\n', asked), ("[http]", "commit_s = 10\n[http]")))
+    assert storescu(small_study(tmp_path / "study", 1)) == 0
+    assert wait_until(lambda: finished(service), 40), service.queue.latest()
+    assert len(orthanc.results()) == 3
+    lines = (Path("node") / "logs" / "audit.jsonl").read_text().splitlines()
+    (said,) = [json.loads(line) for line in lines if '"committed"' in line]
+    assert (said["peer"], said["objects"], said["asked"]) == ("ORTHANC", 3, True)
+
+
+def test_without_a_promise_a_job_is_not_delivered(orthanc, serve, configure, tmp_path):
+    """Orthanc's way back is shut: it stores, and cannot say so."""
+    asked = 'aet = "ORTHANC"\ncommits = true\n'
+    changes = (("[http]", "commit_s = 1\n[http]"), ("attempts = 6", "attempts = 2"))
+    service = serve(configure(('aet = "ORTHANC"\n', asked), *changes))
+    service.receiver._peers.pop("ORTHANC")
+    assert storescu(small_study(tmp_path / "study", 1)) == 0
+    assert wait_until(lambda: finished(service, state="failed"), 40), service.queue.latest()
+    (job,) = service.queue.latest()
+    assert job.code == "peer.not-committed"
+    assert {name: len(v) for name, v in orthanc.results().items()} == {"SEG": 1, "SR": 1, "OT": 1}

@@ -51,9 +51,21 @@ def test_only_known_titles_are_let_in(serve, configure):
 
 
 @pytest.mark.slow
-def test_a_known_title_from_another_host_is_not_authorised(serve, configure):
-    serve(configure(('aet = "SCANNER"\nhost = "127.0.0.1"', 'aet = "SCANNER"\nhost = "10.0.0.9"')))
+def test_a_known_title_from_another_known_host_is_not_authorised(serve, configure):
+    serve(
+        configure(
+            ('aet = "SCANNER"\nhost = "127.0.0.1"', 'aet = "SCANNER"\nhost = "10.0.0.9"'),
+            ("receives = true", "sends = true"),
+        )
+    )
     assert echo() == 0x0124
+    assert echo(calling="ORTHANC") == 0x0000
+
+
+@pytest.mark.slow
+def test_a_host_that_nobody_named_is_not_let_in(serve, configure):
+    serve(configure(('aet = "SCANNER"\nhost = "127.0.0.1"', 'aet = "SCANNER"\nhost = "10.0.0.9"')))
+    assert echo() is None
 
 
 @pytest.fixture(scope="module")
