@@ -16,7 +16,11 @@ from mome_sdk.pacs.service import wait_until
 from mome_sdk.pacs.settings import DicomWebConfig
 from pacs.conftest import CONFIG, DICOM, HTTP, small_study, storescu
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # pynetdicom leaves the socket of a refused connection to the garbage collector.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 RECEIVES = f"port = {DICOM}\nreceives = true"
 WEB = f'\n[dicomweb]\nurl = "http://127.0.0.1:{HTTP}/dicom-web"\n'

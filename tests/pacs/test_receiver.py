@@ -21,6 +21,8 @@ from mome_sdk.pacs.settings import TlsConfig
 from pacs.conftest import NODE, small_study
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
+# pynetdicom leaves the socket of a refused connection to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def connect(*, calling="SCANNER", called="MOME", tls=None, syntax=ExplicitVRLittleEndian):

@@ -58,6 +58,7 @@ class Node:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(3600 if FULL else 300)
 def test_every_study_has_one_result_set(orthanc, configure, tmp_path):
     configure(("attempts = 6", "attempts = 200"))
