@@ -195,7 +195,9 @@ class Api:
             body += (
                 _viewer(number)
                 if VIEWER.exists()
-                else ("<p>The viewer is not installed: `make viewer` fetches it from npm.</p>")
+                else (
+                    "<p>There is no viewer: niivue.js of @niivue/niivue (npm) goes to pacs/static.</p>"
+                )
             )
         return _html(job.label, body)
 
