@@ -196,7 +196,7 @@ class Api:
                 _viewer(number)
                 if VIEWER.exists()
                 else (
-                    "<p>There is no viewer: niivue.js of @niivue/niivue (npm) goes to pacs/static.</p>"
+                    "<p>There is no viewer: put niivue.js (npm: @niivue/niivue) into pacs/static.</p>"
                 )
             )
         return _html(job.label, body)
