@@ -29,9 +29,9 @@ from .settings import RetryConfig
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS images (
-    sop TEXT PRIMARY KEY, study TEXT NOT NULL, sha256 TEXT NOT NULL, received REAL NOT NULL
+    study TEXT NOT NULL, sop TEXT NOT NULL, sha256 TEXT NOT NULL, received REAL NOT NULL,
+    PRIMARY KEY (study, sop)
 );
-CREATE INDEX IF NOT EXISTS images_of_study ON images (study);
 CREATE TABLE IF NOT EXISTS studies (
     study TEXT PRIMARY KEY, peer TEXT NOT NULL, first REAL NOT NULL, last REAL NOT NULL,
     pending INTEGER NOT NULL
@@ -185,18 +185,20 @@ class JobQueue:
     def receive(self, study: str, sop: str, data: bytes, peer: str) -> bool:
         """Keep an image for good; False if the very same was there already, with its file.
 
-        Another image of the same SOP Instance UID takes the place of the first.
+        Another image of the same study and SOP Instance UID takes the place of the first; one of
+        another study takes nothing away.
         """
         restored = not self._path(hashlib.sha256(data).hexdigest()).exists()
         sha256, now = self._keep(data), time.time()
         with self._transaction() as db:
             if not self._path(sha256).exists():  # swept between the two
                 self._keep(data)
-            known = db.execute("SELECT sha256 FROM images WHERE sop = ?", (sop,)).fetchone()
+            same = "SELECT sha256 FROM images WHERE study = ? AND sop = ?"
+            known = db.execute(same, (study, sop)).fetchone()
             if known is not None and known[0] == sha256 and not restored:
                 return False
             db.execute(
-                "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", (sop, study, sha256, now)
+                "INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?)", (study, sop, sha256, now)
             )
             db.execute(
                 "INSERT INTO studies VALUES (?, ?, ?, ?, 1) ON CONFLICT (study) DO UPDATE SET "

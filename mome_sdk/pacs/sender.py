@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date, timedelta
@@ -10,7 +11,7 @@ from typing import Any
 
 from pydicom import Dataset, dcmread
 from pydicom.uid import generate_uid
-from pynetdicom import AE, build_context
+from pynetdicom import AE, build_context, evt
 from pynetdicom.sop_class import (  # type: ignore[attr-defined]
     StorageCommitmentPushModel,
     StorageCommitmentPushModelInstance,
@@ -175,7 +176,11 @@ def _associated(peer: Peer, node: NodeConfig, contexts: list[Any]) -> Iterator[A
         assert node.tls is not None  # the configuration was checked
         tls = (node.tls.context(server=False), None)
     association = entity.associate(
-        peer.host, peer.port, contexts=contexts, ae_title=peer.aet, tls_args=tls
+        *(peer.host, peer.port),
+        contexts=contexts,
+        ae_title=peer.aet,
+        tls_args=tls,
+        evt_handlers=[(evt.EVT_CONN_OPEN, _at_once)],
     )
     if association.is_rejected:
         raise _refused(peer, "it rejected the association")
@@ -192,6 +197,12 @@ def _associated(peer: Peer, node: NodeConfig, contexts: list[Any]) -> Iterator[A
         raise _refused(peer, "it ended the association, or does not offer the service") from error
     finally:
         association.release()
+
+
+def _at_once(event: Any) -> None:
+    """Do not wait for the peer's delayed acknowledgement before a message's last part is sent."""
+    connection = event.assoc.dul.socket.socket
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def _answered(peer: Peer, status: int | None, to: str) -> PeerError:

@@ -6,8 +6,11 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dicom_files import classic, save, turned
+from dicom_files import PATIENT_ID, PATIENT_NAME, classic, save, turned
 from mome_sdk.pacs.service import Service
 from mome_sdk.pacs.settings import ServiceConfig, load_service_config
 from mome_sdk.volume import Volume
@@ -173,6 +176,50 @@ def orthanc(
         server.stop()
 
 
+class NodeProcess:
+    """The node as a process of its own, that can be killed and measured."""
+
+    def __init__(self, folder: Path, seconds: float = 0.05) -> None:
+        self.folder, self.seconds = folder, seconds
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        tests = str(Path(__file__).parents[1])
+        with (self.folder / "node.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "pacs.node", "config.toml", str(self.seconds)],
+                cwd=self.folder,
+                env={**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=log,
+            )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_named(tmp_path: Path) -> Iterator[None]:
+    """Acceptance 7: no log of a node names the patient, whatever the test did to it."""
+    yield
+    for path in [*tmp_path.rglob("*.jsonl"), *tmp_path.rglob("node.log")]:
+        name_nobody(path.read_bytes(), path.name)
+
+
+def name_nobody(said: bytes | str, where: str) -> None:
+    """Fail if a text holds the phantom's name or ID, or the UID of a study."""
+    data = said.encode() if isinstance(said, str) else said
+    for secret in (PATIENT_NAME, PATIENT_ID, *PATIENT_NAME.split("^"), "1.2.826.0.1.3680043"):
+        assert secret.encode() not in data, f"{where} has {secret}"
+
+
 @pytest.fixture
 def configure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServiceConfig]:
     """A configuration from the usual text with replacements; its folder is the working one."""
@@ -202,6 +249,10 @@ def serve(network: None) -> Iterator[Callable[[ServiceConfig], Service]]:  # noq
 
     yield start
     for service in running:
+        for page in (service.api._metrics(), service.api._page()):
+            name_nobody(bytes(page.body), "a page")
+        name_nobody(json.dumps([job.said for job in service.queue.latest()], default=dict), "jobs")
+        name_nobody("".join(job.message for job in service.queue.latest()), "messages")
         service.stop()
 
 
@@ -226,6 +277,16 @@ def small_study(folder: Path, number: int) -> Path:
     volume = phantom(where=grid(12.0).reorient("LPS"))
     save(classic(volume, "FLAIR", number=1, study=f"study-{number}"), folder)
     return folder
+
+
+def ask(path: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+    """What the node answers over HTTP: status and body."""
+    request = urllib.request.Request(f"http://127.0.0.1:{OWN_HTTP}{path}", data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
 
 
 def storescu(folder: Path, *options: str, port: int = NODE, aet: str = "SCANNER") -> int:

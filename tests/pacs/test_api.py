@@ -6,8 +6,6 @@ import gzip
 import io
 import json
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,10 @@ import pytest
 from dicom_files import PATIENT_ID
 from mome_sdk.nifti import write_nifti
 from mome_sdk.pacs.service import wait_until
-from pacs.conftest import OWN_HTTP, small_study
+from pacs.conftest import OWN_HTTP, ask, small_study
 from phantom import grid, phantom
 
 pytestmark = pytest.mark.slow
-
-
-def ask(path: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:
-    request = urllib.request.Request(f"http://127.0.0.1:{OWN_HTTP}{path}", data, headers)
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read()
 
 
 def wait_for(number: int) -> dict[str, Any]:

@@ -68,6 +68,14 @@ def test_more_images_supersede_a_job_that_has_not_ended(queue):
     assert queue.lease().id == second
 
 
+def test_an_image_is_not_taken_from_its_study_by_another_one(queue):
+    queue.receive("1.2", "1.2.0", b"image", "SCANNER")
+    queue.receive("1.3", "1.2.0", b"other", "SCANNER")
+    assert [(study, images) for study, _, images, *_ in queue.pending()] == [("1.2", 1), ("1.3", 1)]
+    assert queue.receive("1.2", "1.2.0", b"corrected", "SCANNER")
+    assert queue.images_of("1.2") == 1
+
+
 def test_a_study_that_changed_meanwhile_is_not_complete(queue):
     queue.receive("1.2", "1.2.0", b"image", "SCANNER")
     assert queue.complete("1.2", 2) is None

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-import os
+import copy
+import io
+import json
 import random
+import re
+import socket
 import ssl
 import subprocess
+import time
+import zipfile
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pydicom
 import pytest
+from pydicom import config
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
-from pynetdicom import AE
+from pynetdicom import AE, evt
+from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import Verification
 
 from mome_sdk.pacs.receiver import CANNOT_UNDERSTAND, MISMATCH, OUT_OF_RESOURCES, identifiers
+from mome_sdk.pacs.service import wait_until
 from mome_sdk.pacs.settings import TlsConfig
-from pacs.conftest import NODE, small_study
+from pacs.conftest import NODE, NodeProcess, ask, name_nobody, small_study
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 
@@ -28,7 +40,14 @@ def connect(*, calling="SCANNER", called="MOME", tls=None, syntax=ExplicitVRLitt
     entity.acse_timeout = entity.connection_timeout = 10
     entity.add_requested_context(Verification)
     entity.add_requested_context(MR, syntax)
-    return entity.associate("127.0.0.1", NODE, ae_title=called, tls_args=tls)
+    handlers = [(evt.EVT_CONN_OPEN, at_once)]
+    return entity.associate(
+        *("127.0.0.1", NODE), ae_title=called, tls_args=tls, evt_handlers=handlers
+    )
+
+
+def at_once(event) -> None:
+    event.assoc.dul.socket.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 def echo(**options) -> int | None:
@@ -100,20 +119,23 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def tls_files(folder: Path) -> str:
+    """[node.tls] of the node."""
+    files = (("certificate", "node.pem"), ("key", "node.key"), ("trusted", "ca.pem"))
+    return "".join(f'{key} = "{folder / name}"\n' for key, name in files)
+
+
+def context(folder: Path, name: str) -> ssl.SSLContext:
+    """Of a client."""
+    paths = (str(folder / f"{name}.{end}") for end in ("pem", "key"))
+    return TlsConfig(*paths, str(folder / "ca.pem")).context(server=False)
+
+
 @pytest.mark.slow
 def test_the_tls_matrix(serve, configure, certificates):
     """Plain, without a certificate, of another authority: refused. Of ours: let in."""
-    tls = "".join(
-        f'{key} = "{certificates / name}"\n'
-        for key, name in (("certificate", "node.pem"), ("key", "node.key"), ("trusted", "ca.pem"))
-    )
-    serve(configure(("[http]", f"[node.tls]\n{tls}\n[http]")))
-
-    def context(name: str):
-        paths = (str(certificates / f"{name}.{end}") for end in ("pem", "key"))
-        return TlsConfig(*paths, str(certificates / "ca.pem")).context(server=False)
-
-    good, wrong = context("client"), context("wrong")
+    serve(configure(("[http]", f"[node.tls]\n{tls_files(certificates)}\n[http]")))
+    good, wrong = context(certificates, "client"), context(certificates, "wrong")
     assert echo() is None
     assert echo(tls=(wrong, None)) is None
     bare = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
@@ -152,40 +174,176 @@ def test_bad_images_are_refused_and_the_node_lives_on(serve, configure, tmp_path
     assert MISMATCH != CANNOT_UNDERSTAND
 
 
-def hostile(image: bytes) -> dict[str, bytes]:
-    """Files that no reader should trust."""
+@pytest.mark.slow
+def test_a_silent_client_keeps_nobody_out(serve, configure, certificates):
+    """Not even where a handshake is expected of it first."""
+    serve(configure(("[http]", f"[node.tls]\n{tls_files(certificates)}\n[http]")))
+    with socket.create_connection(("127.0.0.1", NODE)):
+        assert echo(tls=(context(certificates, "client"), None)) == 0x0000
+
+
+@pytest.mark.slow
+def test_a_message_of_4_gb_is_not_read(serve, configure):
+    """Its length stands in the first six bytes; nobody has said who he is by then."""
+    serve(configure())
+    before = psutil.Process().memory_info().rss
+    with socket.create_connection(("127.0.0.1", NODE)) as stranger:
+        stranger.sendall(b"\x01\x00" + (2**32 - 1).to_bytes(4, "big"))
+        with suppress(OSError):
+            for _ in range(200):
+                stranger.sendall(bytes(2**20))
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
+    assert echo() == 0x0000
+
+
+class Sender:
+    """Sends whatever bytes as a data set."""
+
+    def __init__(self) -> None:
+        self._association = connect()
+        self._association._reactor_checkpoint.clear()  # as send_c_store does
+        (self._context,) = (
+            c.context_id for c in self._association.accepted_contexts if c.abstract_syntax == MR
+        )
+
+    def send(self, data: bytes, sop: str) -> int | None:
+        """The status; None where the connection was ended."""
+        request = C_STORE()
+        request.MessageID, request.Priority = 1, 2
+        request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = MR, sop
+        request.DataSet = io.BytesIO(data)
+        self._association.dimse.send_msg(request, self._context)
+        _, answer = self._association.dimse.get_msg(block=True)
+        return None if answer is None else answer.Status
+
+    def close(self) -> None:
+        self._association._reactor_checkpoint.set()
+        self._association.abort()
+
+
+def encoded(image: pydicom.Dataset, **changes: object) -> bytes:
+    """The data set of an image with other values, without the preamble."""
+    image, stream = copy.deepcopy(image), io.BytesIO()
+    with config.disable_value_validation():
+        for keyword, value in changes.items():
+            setattr(image, keyword, value)
+        pydicom.dcmwrite(stream, image, implicit_vr=False, little_endian=True)
+    return stream.getvalue()[stream.getvalue().index(b"\x08\x00\x05\x00") :]
+
+
+def hostile(image: pydicom.Dataset) -> dict[str, bytes]:
+    """Data sets that no reader should trust, each of a study of its own."""
     nested = b"\x08\x00\x40\x11SQ\x00\x00\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff"
-    preamble = image[:132]
-    end = image.index(b"\x08\x00\x05\x00")  # after the file meta information
     bomb = zlib.compressobj(9, wbits=-15)
-    deflated = bomb.compress(bytes(200 * 2**20)) + bomb.flush()
+    plain = {name: encoded(image, StudyInstanceUID=f"1.2.{n}") for n, name in enumerate("abcd")}
     return {
-        "nothing": b"",
         "text": b"hello" * 1000,
-        "truncated": image[: len(image) // 2],
-        "nested": image[:end] + 2000 * nested,
-        "deflated": preamble + deflated,
+        "path": encoded(image, StudyInstanceUID="../../etc/passwd"),
+        "nested": plain["a"][: plain["a"].index(b"\x10\x00\x10\x00")] + 2000 * nested,
+        "deflated": bomb.compress(bytes(200 * 2**20)) + bomb.flush(),
+        "truncated": plain["b"][:-100],
+        "huge": encoded(image, StudyInstanceUID="1.2.7", Rows=65535, Columns=65535),
+        "frames": encoded(image, StudyInstanceUID="1.2.8", NumberOfFrames=2**31 - 1),
     }
 
 
-def test_no_bytes_take_the_reader_of_identifiers_down(tmp_path):
-    """A corpus, and 3,000 mutated files: an answer or an exception, in little memory."""
+def zip_bomb() -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for number in range(4):
+            archive.writestr(f"{number}.dcm", bytes(200 * 2**20))
+    return data.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("network")
+def test_hostile_bytes_are_refused_by_name(configure, tmp_path):
+    """Acceptance 6: a corpus and 3,000 mutated images over the network, a zip bomb over HTTP."""
+    configure()
+    node = NodeProcess(tmp_path)
+    node.start()
+    try:
+        _hostile(node, tmp_path)
+    finally:
+        node.stop()
+
+
+def _hostile(node: NodeProcess, tmp_path: Path) -> None:
+    assert wait_until(lambda: echo() == 0x0000, 20)
+    image = pydicom.dcmread(sorted(small_study(tmp_path / "study", 1).iterdir())[0])
+    sop, draw = str(image.SOPInstanceUID), random.Random(1)
+    sender = Sender()
+    statuses = {name: sender.send(data, sop) for name, data in hostile(image).items()}
+    good = encoded(image)
+    mutated = Counter(sender.send(mutant(good, draw), sop) for _ in range(3000))
+    sender.close()
+    for name in ("text", "path", "nested", "deflated"):
+        assert statuses.pop(name) == CANNOT_UNDERSTAND, name
+    assert set(statuses.values()) == {0x0000}  # kept, and looked into by another process
+    assert set(mutated) <= {0x0000, CANNOT_UNDERSTAND, MISMATCH}
+    assert mutated[CANNOT_UNDERSTAND] > 10
+    assert ask("/v1/predict", zip_bomb())[0] == 202
+    assert wait_until(lambda: not open_jobs(), 120), ask("/metrics")
+    jobs = json.loads(ask("/v1/jobs")[1])
+    assert len(jobs) >= 4
+    assert {job["state"] for job in jobs} <= {"failed", "superseded"}
+    codes = Counter(job["code"] for job in jobs)
+    print(f"\nmutated: {dict(mutated)}; jobs: {dict(codes)}")
+    assert all(code.startswith("dicom.") for code in codes if code)
+    assert "dicom.defect" not in codes
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status(node)).group(1)) / 2**20
+    print(f"peak resident memory {peak:.2f} GiB")
+    assert peak < 1.0
+    assert echo() == 0x0000
+    for path in ("/metrics", "/v1/jobs", "/"):
+        name_nobody(ask(path)[1], path)
+
+
+def mutant(data: bytes, draw: random.Random) -> bytes:
+    """Up to twelve bytes of the header changed, some of the pixels cut off."""
+    changed = bytearray(data[: draw.choice((len(data), 4000))])
+    for _ in range(draw.randint(1, 12)):
+        changed[draw.randrange(min(len(changed), 2000))] = draw.randrange(256)
+    return bytes(changed)
+
+
+def open_jobs() -> bool:
+    found = ask("/metrics")[1].decode()
+    states = dict(re.findall(r'mome_jobs{state="(\w+)"} ([\d.]+)', found))
+    return any(float(states[name]) for name in ("received", "complete", "segmented"))
+
+
+def status(node: NodeProcess) -> str:
+    return Path(f"/proc/{node.process.pid}/status").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("network")
+def test_large_images_do_not_fill_the_memory(configure, tmp_path):
+    """Four senders of 300 MB each where 256 are allowed in all: cut off, and the node lives on."""
+    configure()
+    node = NodeProcess(tmp_path)
+    node.start()
+    try:
+        assert wait_until(lambda: echo() == 0x0000, 20)
+        senders = [Sender() for _ in range(4)]
+        data = bytes(300 * 2**20)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda each: each.send(data, "1.2.3"), senders))
+        assert found == [None] * 4
+        peak = int(re.search(r"VmHWM:\s+(\d+) kB", status(node)).group(1)) / 2**20
+        print(f"\npeak resident memory {peak:.2f} GiB")
+        assert peak < 1.0
+        assert echo() == 0x0000
+    finally:
+        node.stop()
+
+
+def test_identifiers_after_the_first_4_mib_are_not_looked_for(tmp_path):
+    """A data set of half a million empty elements is no reason to be busy for a minute."""
     image = sorted(small_study(tmp_path / "study", 1).iterdir())[0].read_bytes()
-    draw, process = random.Random(1), psutil.Process(os.getpid())
-    before = process.memory_info().rss
-    cases = list(hostile(image).values())
-    for _ in range(3000):
-        data = bytearray(image[:4000])
-        for _ in range(draw.randint(1, 12)):
-            data[draw.randrange(len(data))] = draw.randrange(256)
-        cases.append(bytes(data))
-    refused = 0
-    for data in cases:
-        try:
-            study, sop = identifiers(data)
-        except Exception:
-            refused += 1
-        else:
-            assert {*study, *sop} <= set("0123456789.")
-    assert refused >= 5
-    assert process.memory_info().rss - before < 200 * 2**20
+    start = image.index(b"\x08\x00\x05\x00")
+    started = time.monotonic()
+    with pytest.raises((AttributeError, ValueError)):
+        identifiers(image[:start] + b"\x09\x00\x01\x00LO\x00\x00" * 2**21)
+    assert time.monotonic() - started < 15

@@ -10,58 +10,25 @@ import io
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pydicom
 import pytest
 
 from mome_sdk.pacs.service import wait_until
-from pacs.conftest import NODE, small_study, storescu
+from pacs.conftest import NodeProcess, small_study, storescu
 
 FULL = os.environ.get("MOME_SOAK") == "full"
 STUDIES, SENDERS, KILLS, RESTARTS = (200, 4, 20, 3) if FULL else (20, 4, 4, 1)
-
-
-class Node:
-    """The node as a process that can be killed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        tests = str(Path(__file__).parents[1])
-        with (self.folder / "node.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "pacs.node", "config.toml", "0.05"],
-                cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=log,
-            )
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self) -> None:
-        assert self.process is not None
-        self.process.terminate()
-        self.process.wait(timeout=60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600 if FULL else 300)
 def test_every_study_has_one_result_set(orthanc, configure, tmp_path):
     configure(("attempts = 6", "attempts = 200"))
-    node, draw = Node(tmp_path), random.Random(7)
+    node, draw = NodeProcess(tmp_path), random.Random(7)
     node.start()
     folders = [small_study(tmp_path / "studies" / str(n), n) for n in range(STUDIES)]
     left = list(folders)
@@ -117,4 +84,3 @@ def test_every_study_has_one_result_set(orthanc, configure, tmp_path):
     assert set(counts.values()) == {1}, "none is there twice"
     node.stop()
     shutil.rmtree(tmp_path / "studies")
-    assert NODE
