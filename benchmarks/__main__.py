@@ -27,6 +27,10 @@ SUITES = {
     "cold-start": ("process start to the first window, by stage", (10, 5)),
     "preprocess": ("reading, registration and the way back, by stage", (3, 3)),
     "training": ("memory of a training step at the published size, plain and recomputed", (1, 1)),
+    "dicom": (
+        "series through the DICOM node, beside Orthanc; as root; a round is a series",
+        (100, 1),
+    ),
     "gpu": ("the published predictor, PyTorch, MONAI and TensorRT on a CUDA device", (10, 5)),
 }
 # Suite -> what its --engines may name.
@@ -97,7 +101,7 @@ def _add_options(suite: argparse.ArgumentParser, name: str) -> None:
     if name == "training":
         return
     suite.add_argument("--rounds", type=_rounds, metavar="N", help="measurements of every row")
-    if name == "kernels":
+    if name in ("kernels", "dicom"):
         return
     if name == "preprocess":
         suite.add_argument(
@@ -140,6 +144,14 @@ def _suite(options: argparse.Namespace) -> Callable[[], Table]:
         from . import training
 
         return partial(training.run, threads=options.threads)
+    if options.suite == "dicom":
+        from . import dicom
+
+        return partial(
+            dicom.run,
+            series=options.rounds or SUITES["dicom"][1][0],
+            threads=options.threads,
+        )
     only = _only(options) if options.suite in CONTENDERS else None
     bundle = _bundle(options)
     rounds = options.rounds or SUITES[options.suite][1][_is_full_size(options)]

@@ -19,7 +19,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
-from mome_sdk.errors import DicomError
+from mome_sdk.errors import MomeError
 from mome_sdk.nifti import NOTICE
 
 from .audit import Audit
@@ -30,7 +30,7 @@ from .worker import Worker
 STATIC = Path(__file__).parent / "static"
 VIEWER = STATIC / "niivue.js"
 SCRIPTS = ("niivue.js", "view.js")
-TYPES = {"nifti": "application/gzip", "scan": "application/gzip"}
+TYPES = {"nifti": "application/gzip"}
 OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
 CONNECTIONS = 64
 NO_VIEWER = "<p>The viewer is not installed: `make viewer` fetches it.</p>"
@@ -191,17 +191,12 @@ class Api:
         return Response(path.read_bytes(), media_type=TYPES.get(name, "application/dicom"))
 
     def _scan(self, number: int) -> Response:
-        """What was segmented, as a NIfTI file."""
-        path = self._scan_path(self._found(number))
-        if path is None or not path.is_file():
-            raise HTTPException(404, "There is no such scan.")
-        return Response(path.read_bytes(), media_type=TYPES["scan"])
-
-    def _scan_path(self, job: Job) -> Path | None:
-        if job.source == "nifti":
-            with suppress(DicomError):
-                return self._queue.files(job)[0]
-        return self._queue.results(job.id).get("scan")
+        """What was segmented, as a NIfTI file; read again from what was received."""
+        job = self._found(number)
+        try:
+            return Response(self._worker.scan(job), media_type=TYPES["nifti"])
+        except MomeError as error:
+            raise HTTPException(404, f"There is no scan: {error.message}") from error
 
     def _restart(self, number: int) -> dict[str, Any]:
         job = self._found(number)
@@ -241,7 +236,7 @@ class Api:
         job = self._found(number)
         said = html.escape(json.dumps(_shown(job), indent=1))
         body = f"<p><a href='/'>All jobs</a></p><pre>{said}</pre>"
-        if "nifti" in self._queue.results(number) and self._scan_path(job) is not None:
+        if "nifti" in self._queue.results(number):
             body += _viewer(number) if VIEWER.exists() else NO_VIEWER
         return _html(job.label, body)
 

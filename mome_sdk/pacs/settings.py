@@ -162,7 +162,6 @@ class ResultConfig:
         rules: File of a site's own series rules.
         segments: "lesion", one segment each, or "all".
         empty_seg: Whether a SEG is sent where nothing is found.
-        view: Whether image and mask are kept for the status page, as NIfTI files.
     """
 
     model: str = "demo"
@@ -176,7 +175,6 @@ class ResultConfig:
     rules: str | None = None
     segments: Literal["lesion", "all"] = "lesion"
     empty_seg: bool = False
-    view: bool = True
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from mome_sdk.errors import DicomError, EngineError, MomeError, PeerError
 from mome_sdk.nifti import read_nifti, write_nifti
 from mome_sdk.segmentation import Segmentation
 from mome_sdk.segmenter import Segmenter
-from mome_sdk.study import read_study, results
-from mome_sdk.volume import Volume
+from mome_sdk.study import Chosen, read_study, results
 
 from . import dicomweb, sender
 from .audit import Audit
@@ -56,6 +55,7 @@ class Worker(threading.Thread):
         self._peers = {peer.aet: peer for peer in config.peers if peer.receives}
         self._rules = load_rules(Path(config.results.rules) if config.results.rules else None)
         self._swept = 0.0
+        self._reading = threading.Lock()  # one look at a time
         self.seconds = 0.0  # of the last job
 
     @property
@@ -116,17 +116,33 @@ class Worker(threading.Thread):
         state = self._queue.failed(job, error, self._config.retry, again=again)
         self._audit.write("failed", study=job.study, job=job.id, code=error.code, state=state)
 
-    def _segment(self, job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
-        files = self._queue.files(job)
+    def scan(self, job: Job) -> bytes:
+        """The image that a job is about, as a compressed NIfTI file that names nobody.
+
+        Raises:
+            DicomError, GeometryError: As for `read_study`; `dicom.files-gone`.
+        """
         if job.source == "nifti":
-            return self._segment_nifti(files[0])
-        wanted = self._config.results
+            return self._queue.files(job)[0].read_bytes()
+        with self._reading, tempfile.TemporaryDirectory(prefix="mome-") as folder:
+            path = Path(folder, "scan.nii.gz")
+            write_nifti(self._read(job).volume, path)
+            return path.read_bytes()
+
+    def _read(self, job: Job) -> Chosen:
+        """The series of a study that is segmented."""
+        files = self._queue.files(job)
         with tempfile.TemporaryDirectory(prefix="mome-") as folder:
             source: Any = files
             if job.source == "zip":  # told by its name
                 source = Path(folder, "study.zip")
                 shutil.copyfile(files[0], source)
-            chosen = read_study(source, wanted.series, rules=self._rules)
+            return read_study(source, self._config.results.series, rules=self._rules)
+
+    def _segment(self, job: Job) -> tuple[dict[str, bytes], dict[str, Any]]:
+        if job.source == "nifti":
+            return self._segment_nifti(self._queue.files(job)[0])
+        wanted, chosen = self._config.results, self._read(job)
         found = self._segmenter.predict(chosen.volume)
         made = results(
             chosen,
@@ -135,9 +151,7 @@ class Worker(threading.Thread):
             segments=wanted.segments,
             empty_seg=wanted.empty_seg,
         )
-        if wanted.view:
-            made |= _for_people(chosen.volume, found)
-        return made, {
+        return {**made, "nifti": _mask(found)}, {
             "modality": chosen.series.modality,
             "series": chosen.series.label,
             "reasons": list(chosen.series.reasons),
@@ -152,11 +166,8 @@ class Worker(threading.Thread):
             named = Path(folder, "scan.nii.gz" if zipped else "scan.nii")
             shutil.copyfile(path, named)
             found = self._segmenter.predict(read_nifti(named))
-            mask = Path(folder, "mask.nii.gz")
-            found.save(mask)
-            data = mask.read_bytes()
-        said = {"lesions": len(found.lesions), "volume_ml": round(found.volume_ml, 3)}
-        return {"nifti": data}, said
+            made = {"nifti": _mask(found)}
+        return made, {"lesions": len(found.lesions), "volume_ml": round(found.volume_ml, 3)}
 
     def _deliver(self, job: Job) -> None:
         """Send what has not arrived yet; an upload has nobody to be sent to."""
@@ -187,13 +198,12 @@ class Worker(threading.Thread):
             self._queue.sweep(self._config.keep_hours * 3600)
 
 
-def _for_people(scan: Volume, found: Segmentation) -> dict[str, bytes]:
-    """Image and mask as NIfTI files, for the status page; no header of the study is in them."""
+def _mask(found: Segmentation) -> bytes:
+    """The mask as a NIfTI file: what the status page shows."""
     with tempfile.TemporaryDirectory(prefix="mome-") as folder:
-        paths = {"scan": Path(folder, "scan.nii.gz"), "nifti": Path(folder, "mask.nii.gz")}
-        write_nifti(scan, paths["scan"])
-        found.save(paths["nifti"])
-        return {name: path.read_bytes() for name, path in paths.items()}
+        path = Path(folder, "mask.nii.gz")
+        found.save(path)
+        return path.read_bytes()
 
 
 def _countable(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from dicom_files import PATIENT_ID, PATIENT_NAME, classic, save, turned
+from mome_sdk.benchmarks.orthanc import (
+    DICOM_PORT,
+    HTTP_PORT,
+    NODE_PORT,
+    Orthanc,
+    isolated,
+    program,
+)
+from mome_sdk.errors import EngineError
 from mome_sdk.pacs.service import Service
 from mome_sdk.pacs.settings import ServiceConfig, load_service_config
 from mome_sdk.volume import Volume
 from pacs.node import BrightSegmenter
 from phantom import grid, phantom
 
-NODE, DICOM, HTTP, OWN_HTTP = 11112, 14242, 18042, 18470
-PLUGINS = Path("/usr/share/orthanc/plugins")
-CLONE_NEWNET = 0x40000000
+NODE, DICOM, HTTP, OWN_HTTP = NODE_PORT, DICOM_PORT, HTTP_PORT, 18470
 
 CONFIG = f"""
 data = "node"
@@ -70,110 +72,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def network(
-    require_root: None,  # noqa: ARG001
-    require_program: Callable[[str], Path],
-) -> Iterator[None]:
-    """A network namespace with a loopback alone, for this process and all that it starts.
-
-    Orthanc listens on every address: here nobody else can reach it.
-    """
-    libc, own = ctypes.CDLL(None, use_errno=True), os.open("/proc/self/ns/net", os.O_RDONLY)
-    if libc.unshare(CLONE_NEWNET) != 0:
-        os.close(own)
-        pytest.skip(f"No network namespace: {os.strerror(ctypes.get_errno())}.")
-    subprocess.run([require_program("ip"), "link", "set", "lo", "up"], check=True)
-    yield
-    assert libc.setns(own, CLONE_NEWNET) == 0
-    os.close(own)
-
-
-@dataclass
-class Orthanc:
-    """A running Orthanc; all it has can be asked."""
-
-    folder: Path
-    program: Path
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        with (self.folder / "orthanc.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [self.program, self.folder / "orthanc.json"],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "TCP_NODELAY": "1"},
-            )
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            try:
-                self.get("/system")
-                return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "orthanc.log").read_text())
-
-    def stop(self) -> None:
-        assert self.process is not None
-        self.process.terminate()
-        self.process.wait(timeout=30)
-
-    def get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"http://127.0.0.1:{HTTP}{path}", timeout=30) as answer:
-            return json.loads(answer.read())
-
-    def file(self, instance: str) -> bytes:
-        url = f"http://127.0.0.1:{HTTP}/instances/{instance}/file"
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return bytes(answer.read())
-
-    def results(self) -> dict[str, list[str]]:
-        """Modality -> instances that are no MR images."""
-        found: dict[str, list[str]] = {}
-        for series in self.get("/series?expand"):
-            modality = series["MainDicomTags"]["Modality"]
-            if modality != "MR":
-                found.setdefault(modality, []).extend(series["Instances"])
-        return found
+def network(require_root: None) -> Iterator[None]:  # noqa: ARG001
+    """A network namespace with a loopback alone, for this process and all that it starts."""
+    with isolated():
+        yield
 
 
 @pytest.fixture
 def orthanc(
     network: None,  # noqa: ARG001
-    require_program: Callable[[str], Path],
     tmp_path: Path,
 ) -> Iterator[Orthanc]:
-    program = require_program("Orthanc")
-    if not (PLUGINS / "libOrthancDicomWeb.so").exists():
-        pytest.skip("Orthanc's DICOMweb plugin (package orthanc-dicomweb) is not installed.")
     folder = tmp_path / "orthanc"
     folder.mkdir()
-    node = {"AET": "MOME", "Host": "127.0.0.1", "Port": NODE, "AllowStore": True}
-    node |= {"AllowFind": True, "AllowMove": True, "AllowGet": True}
-    settings = {
-        "StorageDirectory": str(folder / "db"),
-        "IndexDirectory": str(folder / "db"),
-        "HttpPort": HTTP,
-        "DicomAet": "ORTHANC",
-        "DicomPort": DICOM,
-        "DicomCheckCalledAet": True,
-        "DicomAlwaysAllowStore": False,
-        "DicomModalities": {
-            "mome": node,
-            "scanner": {**node, "AET": "SCANNER", "Port": 104},
-        },
-        "StableAge": 3,
-        "OverwriteInstances": True,
-        "DefaultEncoding": "Utf8",
-        "Plugins": [str(PLUGINS / "libOrthancDicomWeb.so")],
-        "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
-    }
-    (folder / "orthanc.json").write_text(json.dumps(settings))
-    server = Orthanc(folder, program)
+    try:
+        server = Orthanc(folder)
+    except EngineError as error:
+        pytest.skip(f"{error.message} {error.hint}")
     server.start()
     yield server
-    if server.process is not None and server.process.poll() is None:
-        server.stop()
+    server.stop()
 
 
 class NodeProcess:
@@ -291,10 +209,7 @@ def ask(path: str, data: bytes | None = None, **headers: str) -> tuple[int, byte
 
 def storescu(folder: Path, *options: str, port: int = NODE, aet: str = "SCANNER") -> int:
     """Debian's DCMTK sends a folder; its exit status."""
-    program = shutil.which("storescu", path="/usr/bin")
-    if program is None:
-        pytest.skip("The program `storescu` (package dcmtk) is not installed.")
-    command = [program, "-aet", aet, "-aec", "MOME", *options, "+sd", "+r"]
+    command = [program("storescu", "dcmtk"), "-aet", aet, "-aec", "MOME", *options, "+sd", "+r"]
     done = subprocess.run(
         [*command, "127.0.0.1", str(port), str(folder)],
         env={**os.environ, "TCP_NODELAY": "1"},
