@@ -87,9 +87,11 @@ class _Bench:
         """Seconds until all images of a series were acknowledged."""
         port = {"ORTHANC": DICOM_PORT, "MOME": NODE_PORT}[to]
         files = _write(self.template, self.folder / f"{to}-{number}", f"{number}{len(to)}")
-        command = [self.storescu, "-aet", "SCANNER", "-aec", to, "127.0.0.1", str(port), *files]
+        command = [str(self.storescu), "-aet", "SCANNER", "-aec", to, "127.0.0.1", str(port)]
         started = time.perf_counter()
-        subprocess.run(command, check=True, env={**os.environ, "TCP_NODELAY": "1"})
+        subprocess.run(
+            [*command, *map(str, files)], check=True, env={**os.environ, "TCP_NODELAY": "1"}
+        )
         seconds = time.perf_counter() - started
         for path in files:
             path.unlink()

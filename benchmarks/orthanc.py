@@ -46,7 +46,7 @@ def isolated() -> Iterator[None]:
     Raises:
         EngineError: `engine.missing`, that needs root.
     """
-    command = [program("ip", "iproute2"), "link", "set", "lo", "up"]
+    command = [str(program("ip", "iproute2")), "link", "set", "lo", "up"]
     libc, own = ctypes.CDLL(None, use_errno=True), os.open("/proc/self/ns/net", os.O_RDONLY)
     try:
         if libc.unshare(_CLONE_NEWNET) != 0:

@@ -28,7 +28,6 @@ from .settings import HttpConfig, token_of
 from .worker import Worker
 
 STATIC = Path(__file__).parent / "static"
-VIEWER = STATIC / "niivue.js"
 SCRIPTS = ("niivue.js", "view.js")
 TYPES = {"nifti": "application/gzip"}
 OWN_NAMES = ("127.0.0.1", "localhost", "[::1]")
@@ -235,10 +234,10 @@ class Api:
     def _view(self, number: int) -> Response:
         job = self._found(number)
         said = html.escape(json.dumps(_shown(job), indent=1))
-        body = f"<p><a href='/'>All jobs</a></p><pre>{said}</pre>"
+        body = "<p><a href='/'>All jobs</a></p>"
         if "nifti" in self._queue.results(number):
-            body += _viewer(number) if VIEWER.exists() else NO_VIEWER
-        return _html(job.label, body)
+            body += _viewer(number) if (STATIC / "niivue.js").exists() else NO_VIEWER
+        return _html(job.label, f"{body}<pre>{said}</pre>")
 
     def _script(self, name: str) -> Response:
         path = STATIC / name
@@ -271,7 +270,8 @@ def _shown(job: Job) -> dict[str, Any]:
 def _html(title: str, body: str) -> Response:
     page = (
         "<!doctype html><meta charset='utf-8'><title>mome</title><style>body{font:15px sans-serif;"
-        "margin:2em}td,th{padding:.2em 1em;text-align:left}canvas{width:100%;height:60vh}</style>"
+        "margin:2em}td,th{padding:.2em 1em;text-align:left}#frame{position:relative;height:60vh}"
+        "</style>"
         f"<h1>{html.escape(title)}</h1><p>{html.escape(NOTICE)}</p>{body}"
     )
     policy = "default-src 'self'; style-src 'unsafe-inline'; img-src 'self' data: blob:"
@@ -281,7 +281,7 @@ def _html(title: str, body: str) -> Response:
 
 def _viewer(number: int) -> str:
     return (
-        f"<p id='state'>loading</p><canvas id='view' data-scan='/v1/jobs/{number}/scan' "
-        f"data-mask='/v1/jobs/{number}/results/nifti'></canvas>"
-        "<script type='module' src='/static/view.js'></script>"
+        f"<p id='state'>loading</p><div id='frame'><canvas id='view' "
+        f"data-scan='/v1/jobs/{number}/scan' data-mask='/v1/jobs/{number}/results/nifti'></canvas>"
+        "</div><script type='module' src='/static/view.js'></script>"
     )

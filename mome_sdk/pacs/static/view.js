@@ -4,7 +4,7 @@ import { Niivue } from "/static/niivue.js";
 const canvas = document.getElementById("view");
 const state = document.getElementById("state");
 try {
-  const viewer = new Niivue({ isResizeCanvas: true, backColor: [0, 0, 0, 1] });
+  const viewer = new Niivue({ isResizeCanvas: true, backColor: [0, 0, 0, 1], crosshairColor: [0.5, 0.5, 0.5, 1] });
   await viewer.attachToCanvas(canvas);
   await viewer.loadVolumes([
     { url: canvas.dataset.scan, name: "scan.nii.gz" },
