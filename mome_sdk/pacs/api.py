@@ -195,9 +195,7 @@ class Api:
             body += (
                 _viewer(number)
                 if VIEWER.exists()
-                else (
-                    "<p>There is no viewer: put niivue.js (npm: @niivue/niivue) into pacs/static.</p>"
-                )
+                else ("<p>There is no viewer: put niivue.js of npm into pacs/static.</p>")
             )
         return _html(job.label, body)
 
