@@ -7,22 +7,17 @@ import contextlib
 import io
 import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
-from mome_sdk import _core
+from mome_sdk import describe
 from mome_sdk.batch import run
 from mome_sdk.bundle import EXAMPLE, ModelBundle
 from mome_sdk.cases import (
@@ -33,11 +28,9 @@ from mome_sdk.cases import (
     is_study,
     named_cases,
 )
-from mome_sdk.engines import ENGINES, RUNS
 from mome_sdk.errors import EngineError, InputError, MomeError, PreparationError, out_of_memory
-from mome_sdk.exported import ExportedModel, load_model, parity_line
+from mome_sdk.exported import parity_line
 from mome_sdk.files import check_writable, make_folder
-from mome_sdk.model import Model
 from mome_sdk.nifti import NOTICE, read_nifti
 from mome_sdk.options import BENCH, COMMON, TRAINING, parser
 from mome_sdk.report import headline, lesion_table
@@ -416,7 +409,7 @@ def _dice(found: np.ndarray, known: np.ndarray) -> float:
 def _import(options: argparse.Namespace) -> int:
     with _needs_extra("export"):
         from mome_sdk.export.checkpoint import import_checkpoint
-    _print_model(import_checkpoint(options.folder, options.output, options.set))
+    describe.bundle(import_checkpoint(options.folder, options.output, options.set))
     return DONE
 
 
@@ -479,121 +472,13 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    model = load_model(options.path)
-    _print_export(model) if isinstance(model, ExportedModel) else _print_model(model)
+    describe.any_model(options.path)
     return DONE
-
-
-def _print_model(model: Model) -> None:
-    """What a bundle is, or the bundle of an export."""
-    architecture = model.architecture
-    weights = sum(prod(shape) for shape in architecture.tensor_shapes().values())
-    _print_rows(
-        {
-            "name": model.name,
-            "path": model.path,
-            "sha256": model.sha256,
-            "modalities": ", ".join(model.modalities),
-            "classes": ", ".join(model.classes),
-            "features": ", ".join(str(n) for n in architecture.features),
-            "parameters": f"{weights:,}",
-            "patch": " x ".join(str(n) for n in model.patch) + " voxels",
-            "spacing": " x ".join(f"{mm:g}" for mm in model.spacing_mm) + " mm",
-            "axes": model.axes,
-            "grid": " x ".join(str(n) for n in model.grid.shape) + " voxels",
-            "blend": model.blend,
-            "licence": model.licence,
-            "notice": model.notice,
-        }
-    )
-    print(f"{'training':<12}{json.dumps(model.description.get('training'), indent=2)}")
-
-
-def _print_export(model: ExportedModel) -> None:
-    """What an export is, then the bundle that it was made of."""
-    file, made = model.manifest["files"][model.file.name], model.manifest
-    kept = made["fp32_tensors"]
-    _print_rows(
-        {
-            "target": model.target,
-            "engines": ", ".join(RUNS.get(model.target, ())) or "none here",
-            "precision": model.precision,
-            "in fp32": ", ".join(kept) or ("all" if model.precision == "fp32" else "norms, fusion"),
-            "experts": model.experts,
-            "batch": "any" if model.batch is None else model.batch,
-            "parity": parity_line(made["parity"]),
-            "versions": ", ".join(f"{name} {which}" for name, which in made["versions"].items()),
-            "details": json.dumps(dict(model.details)),
-            model.file.name: f"{file['bytes']:,} bytes, sha256 {file['sha256']}",
-            "export.json": f"sha256 {model.export_sha256}",
-        }
-    )
-    print("of the bundle")
-    _print_model(model)
-
-
-def _print_rows(rows: Mapping[str, object]) -> None:
-    for name, value in rows.items():
-        print(f"{name:<12}{_one_line(value)}")
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    print(
-        f"mome         {version('mome-sdk')}, Python {platform.python_version()}, "
-        f"{platform.system()} {platform.machine()}"
-    )
-    features = ", ".join(name for name, present in _core.cpu_features().items() if present)
-    print(f"processor    {features or 'no instruction set that the core looks for'}")
-    print(f"threads      {_core.default_threads()} (MOME_THREADS changes it)")
-    for number, name in enumerate(_gpus()):
-        print(f"cuda:{number:<7} {name} (for the engines torch and tensorrt)")
-    print(f"gpu runner   {_cuda_state()}")
-    for name in ENGINES:
-        print(f"{name:<12} {_engine_state(name)}")
-    print(f"dicom        {_dicom_state()}")
-    try:
-        print(f"demo model   {ModelBundle.load('demo').sha256[:12]}, complete")
-    except MomeError as error:
-        print(f"demo model   {error}")
+    describe.machine()
     return DONE
-
-
-def _engine_state(name: str) -> str:
-    """Version of the engine's library, or why it cannot run here."""
-    if name == "native":
-        try:
-            return f"{_core.native_kernels(channels=32)} kernels"  # for the published size
-        except MomeError as error:
-            return str(error)
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return f'missing: pip install "mome-sdk[{name}]"'
-
-
-def _cuda_state() -> str:
-    """What the core was compiled for, or how to have it compiled for GPUs."""
-    build = _core.cuda_build()
-    if build is None:
-        return "not built: install the package again where nvcc (CUDA 12.0 or later) is found"
-    return f"CUDA {build}; GPUs it can use: {_core.cuda_devices()}"
-
-
-def _dicom_state() -> str:
-    """Versions of what reads and writes DICOM, or what would add it."""
-    try:
-        return ", ".join(f"{name} {version(name)}" for name in ("pydicom", "highdicom"))
-    except PackageNotFoundError:
-        return 'missing: pip install "mome-sdk[dicom]"'
-
-
-def _gpus() -> list[str]:
-    """Names of the NVIDIA GPUs; none where their driver is not installed."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    query = [program, "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -298,7 +298,9 @@ def test_inspect_says_what_a_bundle_is(
 def test_doctor_names_engines_and_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mome_sdk.cli.ENGINES", dict.fromkeys(["native", "onnxruntime", "abacus"]))
+    monkeypatch.setattr(
+        "mome_sdk.describe.ENGINES", dict.fromkeys(["native", "onnxruntime", "abacus"])
+    )
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     assert f"native       {_core.native_kernels(channels=32)} kernels" in said

@@ -30,7 +30,10 @@ DATA = (
 )
 PARTS = ("engines", "preprocess", "dicom")
 WHOLE = ("sliding_window", "segmenter")
-SERVICE = ("report", "cases", "results", "batch", "study", "pacs", "options", "cli", "__main__")
+SERVICE = (
+    *("report", "cases", "results", "batch", "study", "pacs", "options", "describe"),
+    *("cli", "__main__"),
+)
 OUTSIDE = ("export", "training", "benchmarks")
 ORDER = ("_core", *DATA, *PARTS, *WHOLE, *SERVICE)
 
