@@ -64,6 +64,7 @@ class Service:
         self._stopping = threading.Event()
         self._watch = threading.Thread(target=self._run_watch, name="watch", daemon=True)
         self._asked: dict[str, tuple[int, int | None]] = {}
+        self._since = time.monotonic()
 
     def _segmenter(self) -> Segmenter:
         wanted = self.config.results
@@ -84,6 +85,7 @@ class Service:
             OSError: An address is in use.
         """
         self.receiver.start()
+        self._since = time.monotonic()
         self.api.start()
         self.audit.write("started")
         self.worker.start()
@@ -136,8 +138,13 @@ class Service:
                 self.audit.write("queue-failed", code=type(error).__name__)
 
     def look(self) -> None:
-        """Make jobs of the studies that are complete."""
-        for study, peer, images, since_first, since_last in self.queue.pending():
+        """Make jobs of the studies that are complete.
+
+        While the node was down nobody could send: that time is not quiet.
+        """
+        up = time.monotonic() - self._since
+        for study, peer, images, since_first, last in self.queue.pending():
+            since_last = min(last, up)
             if self._is_complete(study, peer, images, since_first, since_last):
                 number = self.queue.complete(study, images)
                 if number is not None:

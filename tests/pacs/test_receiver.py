@@ -7,6 +7,7 @@ import io
 import json
 import random
 import re
+import shutil
 import socket
 import ssl
 import subprocess
@@ -14,6 +15,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -337,6 +339,31 @@ def test_large_images_do_not_fill_the_memory(configure, tmp_path):
         assert echo() == 0x0000
     finally:
         node.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, require_root: None) -> Iterator[Path]:  # noqa: ARG001
+    """A disk of 24 MB at node/, where the queue lies."""
+    folder = tmp_path / "node"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("free_mb", [8, 0])
+def test_a_full_disk_is_answered_with_a700(small_disk, serve, configure, tmp_path, free_mb):
+    """At the low-water mark, and, without one, when a write fails; with room it goes on."""
+    serve(configure(("free_mb = 1", f"free_mb = {free_mb}")))
+    image = pydicom.dcmread(sorted(small_study(tmp_path / "study", 1).iterdir())[0])
+    assert store(image) == 0x0000
+    left = shutil.disk_usage(small_disk).free
+    (small_disk / "filler").write_bytes(bytes(left - (free_mb * 2**20)))
+    image.StudyInstanceUID = "1.2.3"
+    assert store(image) == OUT_OF_RESOURCES
+    (small_disk / "filler").unlink()
+    assert store(image) == 0x0000
 
 
 def test_identifiers_after_the_first_4_mib_are_not_looked_for(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ import pydicom
 import pytest
 
 from mome_sdk.pacs.service import wait_until
-from pacs.conftest import NodeProcess, small_study, storescu
+from pacs.conftest import NodeProcess, ask, name_nobody, small_study, storescu
 
 FULL = os.environ.get("MOME_SOAK") == "full"
 STUDIES, SENDERS, KILLS, RESTARTS = (200, 4, 20, 3) if FULL else (20, 4, 4, 1)
@@ -82,5 +83,10 @@ def test_every_study_has_one_result_set(orthanc, configure, tmp_path):
     print(f"{len(studies)} studies with results, {sum(counts.values())} objects")
     assert len(counts) == 3 * STUDIES, "none is lost"
     assert set(counts.values()) == {1}, "none is there twice"
+    states = dict(re.findall(r'mome_jobs{state="(\w+)"} (\d+)', ask("/metrics")[1].decode()))
+    print(f"jobs: {states}")
+    assert int(states["delivered"]) == STUDIES
+    assert {states[name] for name in ("received", "complete", "segmented", "failed")} == {"0"}
+    name_nobody(ask("/metrics")[1], "metrics")
     node.stop()
     shutil.rmtree(tmp_path / "studies")
