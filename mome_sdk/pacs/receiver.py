@@ -27,7 +27,7 @@ from mome_sdk.errors import InputError
 from .audit import Audit
 from .commitment import Commitments
 from .jobs import JobQueue
-from .settings import NodeConfig, Peer
+from .settings import PLAIN, NodeConfig, Peer
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700
@@ -69,11 +69,12 @@ class Receiver:
         entity.require_calling_aet = list(self._peers)
         entity.maximum_associations = self._config.associations
         entity.network_timeout, entity.acse_timeout, entity.dimse_timeout = 60, 30, 60
-        entity.add_supported_context(Verification)
+        entity.add_supported_context(Verification, PLAIN)
         for image in IMAGES:
             entity.add_supported_context(image, list(SYNTAXES))
         # The peer asks for the role of the provider when it reports (PS3.4 J.3.3).
-        entity.add_supported_context(StorageCommitmentPushModel, scu_role=False, scp_role=True)
+        model = StorageCommitmentPushModel
+        entity.add_supported_context(model, PLAIN, scu_role=False, scp_role=True)
         handlers: list[Any] = [
             (evt.EVT_N_EVENT_REPORT, self._committed),
             (evt.EVT_C_ECHO, self._echo),

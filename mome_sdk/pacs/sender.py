@@ -22,7 +22,7 @@ from pynetdicom.sop_class import (  # type: ignore[attr-defined]
 from mome_sdk.errors import PeerError
 
 from .commitment import Commitments
-from .settings import NodeConfig, Peer
+from .settings import PLAIN, NodeConfig, Peer
 
 SUCCESS, PENDING = 0x0000, (0xFF00, 0xFF01)
 WARNINGS = range(0xB000, 0xC000)  # stored, with a remark
@@ -69,7 +69,7 @@ def commit(
     request.ReferencedSOPSequence = [_reference(each) for each in headers]
     model, instance = StorageCommitmentPushModel, StorageCommitmentPushModelInstance
     with commitments.expected(str(request.TransactionUID)):
-        with _associated(peer, node, [build_context(model)]) as association:
+        with _associated(peer, node, [build_context(model, PLAIN)]) as association:
             answer, _ = association.send_n_action(request, 1, model, instance)
             status = getattr(answer, "Status", None)
             if status != SUCCESS:
@@ -134,7 +134,7 @@ def date_range(days: int) -> str:
 
 def _find(query: Dataset, peer: Peer, node: NodeConfig) -> list[Dataset]:
     model, found = StudyRootQueryRetrieveInformationModelFind, []
-    with _associated(peer, node, [build_context(model)]) as association:
+    with _associated(peer, node, [build_context(model, PLAIN)]) as association:
         status = None
         for answer, each in association.send_c_find(query, model):
             status = getattr(answer, "Status", None)
@@ -156,7 +156,7 @@ def fetch_study(study: str, peer: Peer, node: NodeConfig) -> int:
     query.StudyInstanceUID = study
     model = StudyRootQueryRetrieveInformationModelMove
     last: Any = None
-    with _associated(peer, node, [build_context(model)]) as association:
+    with _associated(peer, node, [build_context(model, PLAIN)]) as association:
         for status, _ in association.send_c_move(query, node.aet, model):
             last = status or last
     status = getattr(last, "Status", None)

@@ -12,6 +12,8 @@ from typing import Literal
 from mome_sdk.errors import InputError
 from mome_sdk.settings import build, read_toml
 
+# Of all but images. pynetdicom would take the deflated one, too, which has no bound when unpacked.
+PLAIN = ["1.2.840.10008.1.2.1", "1.2.840.10008.1.2"]
 AE_TITLE = re.compile(r"[\x21-\x5b\x5d-\x7e](?:[\x20-\x5b\x5d-\x7e]{0,14}[\x21-\x5b\x5d-\x7e])?")
 
 

@@ -27,7 +27,7 @@ from pydicom import config
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 from pynetdicom import AE, evt
 from pynetdicom.dimse_primitives import C_STORE
-from pynetdicom.sop_class import Verification
+from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 
 from mome_sdk.pacs.receiver import CANNOT_UNDERSTAND, MISMATCH, OUT_OF_RESOURCES, identifiers
 from mome_sdk.pacs.service import wait_until
@@ -160,7 +160,6 @@ def store(image: pydicom.Dataset, sop: str | None = None) -> int:
 def test_bad_images_are_refused_and_the_node_lives_on(serve, configure, tmp_path, monkeypatch):
     service = serve(configure())
     image = pydicom.dcmread(sorted(small_study(tmp_path / "study", 1).iterdir())[0])
-    assert connect(syntax=DeflatedExplicitVRLittleEndian).is_established  # C-ECHO alone
     association = connect(syntax=DeflatedExplicitVRLittleEndian)
     assert MR not in {c.abstract_syntax for c in association.accepted_contexts}
     association.release()
@@ -231,6 +230,18 @@ def encoded(image: pydicom.Dataset, **changes: object) -> bytes:
             setattr(image, keyword, value)
         pydicom.dcmwrite(stream, image, implicit_vr=False, little_endian=True)
     return stream.getvalue()[stream.getvalue().index(b"\x08\x00\x05\x00") :]
+
+
+@pytest.mark.slow
+def test_nothing_at_all_is_accepted_deflated(serve, configure):
+    """Not the small messages either: a report of a commitment would be inflated without a bound."""
+    serve(configure(("receives = true", "receives = true\ncommits = true")))
+    entity = AE(ae_title="ORTHANC")
+    for model in (Verification, StorageCommitmentPushModel, MR):
+        entity.add_requested_context(model, DeflatedExplicitVRLittleEndian)
+    association = entity.associate("127.0.0.1", NODE, ae_title="MOME")
+    assert association.accepted_contexts == []
+    association.abort()
 
 
 def hostile(image: pydicom.Dataset) -> dict[str, bytes]:
