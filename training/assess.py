@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from tqdm import tqdm
 
 from mome_sdk.architecture import Architecture
@@ -33,7 +34,7 @@ from .config import Index3
 from .dataset import Case, Scan, read_case
 from .metrics import dice
 from .mome import Mome
-from .results import Result, append_row, done, read_rows, score
+from .results import Result, append_row, done, read_rows, score, slug
 from .system import System
 
 Byte = NDArray[np.uint8]
@@ -108,7 +109,7 @@ def assess(
 
 def _segment(system: System, window: SlidingWindow, scratch: Path) -> Segment:
     if isinstance(system, Mome):
-        engine = _engine(system.network, window.patch, scratch)
+        engine = _engine(system.network, system.network.arch, window.patch, scratch)
 
         def with_shares(case: Case, _: Origin) -> Found:
             logits, shares = window.run_with_shares(engine, case.image[np.newaxis])
@@ -116,7 +117,7 @@ def _segment(system: System, window: SlidingWindow, scratch: Path) -> Segment:
 
         return with_shares
     if isinstance(system, NnUNet):
-        engine = _engine(system.network, window.patch, scratch)
+        engine = _engine(system.network, system.arch, window.patch, scratch)
         return lambda case, _: Found(window.labels(engine, case.image[np.newaxis]))
 
     def plain(case: Case, origin: Origin) -> Found:
@@ -126,12 +127,12 @@ def _segment(system: System, window: SlidingWindow, scratch: Path) -> Segment:
     return plain
 
 
-def _engine(network: torch.nn.Module, patch: Index3, scratch: Path) -> Engine:
+def _engine(network: nn.Module, arch: Architecture, patch: Index3, scratch: Path) -> Engine:
     """The fastest engine on a bundle of a MoME's or a U-Net's weights."""
-    return open_engine(bundle_of(network, patch, scratch), threads=1)
+    return open_engine(bundle_of(network, arch, patch, scratch), threads=1)
 
 
-def bundle_of(network: torch.nn.Module, patch: Index3, path: Path) -> ModelBundle:
+def bundle_of(network: nn.Module, arch: Architecture, patch: Index3, path: Path) -> ModelBundle:
     """A bundle of a MoME, or of a U-Net as a MoME of one expert, at a path that is made anew."""
     if path.exists():
         for file in path.iterdir():
@@ -139,43 +140,18 @@ def bundle_of(network: torch.nn.Module, patch: Index3, path: Path) -> ModelBundl
         path.rmdir()
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().numpy() for k, v in network.state_dict().items()}
-    architecture: Architecture
-    modalities: tuple[str, ...]
-    if isinstance(network, MoME):
-        architecture, modalities = network.arch, MODALITIES
-    else:
-        architecture, modalities = _architecture_of(tensors), ("any",)
+    if not isinstance(network, MoME):
         tensors = {f"experts.0.{name}": value for name, value in tensors.items()}
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     return create_bundle(
         path,
-        architecture,
+        arch,
         tensors,
         name="benchmark",
         patch=patch,
         blend="exact",
         training={"source": "synthetic benchmark"},
-        modalities=modalities,
-    )
-
-
-def _architecture_of(tensors: dict[str, NDArray[np.float32]]) -> Architecture:
-    """Of a U-Net, from the shapes of its tensors."""
-    stages = 1 + max(int(k.split(".")[2]) for k in tensors if k.startswith("encoder."))
-
-    def convs(side: str, stage: int) -> int:
-        prefix = f"{side}.stages.{stage}."
-        return sum(k.startswith(prefix) and k.endswith(".conv.bias") for k in tensors)
-
-    first = [tensors[f"encoder.stages.{s}.0.convs.0.conv.bias"] for s in range(stages)]
-    return Architecture(
-        features=tuple(len(bias) for bias in first),
-        strides=(1, *(2,) * (stages - 1)),
-        encoder_convs=tuple(convs("encoder", s) for s in range(stages)),
-        decoder_convs=tuple(convs("decoder", s) for s in range(stages - 1)),
-        in_channels=tensors["encoder.stages.0.0.convs.0.conv.weight"].shape[1],
-        classes=len(tensors["decoder.seg_layers.0.bias"]),
-        experts=1,
+        modalities=MODALITIES if isinstance(network, MoME) else ("any",),
     )
 
 
@@ -207,8 +183,7 @@ def _write_shares(
 
 
 def _write_map(folder: Path, name: str, seed: int, scan: Scan, case: Case, shares: Float) -> None:
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
-    path = folder / "maps" / f"{slug}-{seed}.npz"
+    path = folder / "maps" / f"{slug(name)}-{seed}.npz"
     kept = dict(np.load(path)) if path.exists() else {}
     subject = str(kept.get("subject", f"{scan.dataset} {scan.subject}"))
     if subject != f"{scan.dataset} {scan.subject}":
@@ -243,15 +218,14 @@ def _write_clicks(
 
 @torch.inference_mode()
 def write_features(
-    network: torch.nn.Module, name: str, seed: int, scans: Sequence[Scan], folder: Path
+    network: nn.Module, name: str, seed: int, scans: Sequence[Scan], folder: Path
 ) -> None:
     """features/<system>-<seed>.npz: the bottleneck of every scan, averaged over the whole head.
 
     Of a MoME it is the gate's. The image is computed whole, without windows, its edges padded to
     what the strides divide. Arrays: vectors (n, channels), and case, modality, lesion_type, group.
     """
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
-    path = folder / "features" / f"{slug}-{seed}.npz"
+    path = folder / "features" / f"{slug(name)}-{seed}.npz"
     if path.exists():
         return
     if not hasattr(network, "encoder") and not isinstance(network, MoME):
@@ -273,7 +247,7 @@ def write_features(
     write_file(path, data.getvalue())
 
 
-def _bottleneck(network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
+def _bottleneck(network: nn.Module, image: torch.Tensor) -> torch.Tensor:
     if isinstance(network, MoME):
         stems = [expert.get_submodule("encoder.stages.0")(image) for expert in network.experts]
         features: torch.Tensor = network.gate.encoder(torch.cat((image, *stems), dim=1))[-1]
@@ -285,4 +259,4 @@ def _bottleneck(network: torch.nn.Module, image: torch.Tensor) -> torch.Tensor:
 
 def _padded(image: torch.Tensor, multiple: int = 32) -> torch.Tensor:
     pads = [p for edge in image.shape[:1:-1] for p in (0, -edge % multiple)]
-    return torch.nn.functional.pad(image, pads, value=float(image.min()))
+    return nn.functional.pad(image, pads, value=float(image.min()))

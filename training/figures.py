@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from mome_sdk.bundle import MODALITIES
 from mome_sdk.files import make_folders, write_file
 
-from .results import Result, read_rows
+from .results import Result, read_rows, slug
 
 NOTICE = "Synthetic benchmark. Research use only, not a medical device."
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -201,8 +201,7 @@ def _entropy(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _map_of(folder: Path, name: str) -> NDArray[np.float32] | None:
     """Rows: modalities of one subject; columns: the image, then each expert's share of it."""
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
-    files = sorted((folder / "maps").glob(f"{slug}-[0-9]*.npz"))
+    files = sorted((folder / "maps").glob(f"{slug(name)}-[0-9]*.npz"))
     if not files:
         return None
     data = np.load(files[0])

@@ -7,8 +7,8 @@ goes on where it was; of a work folder that is gone, the experts come back from 
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -27,13 +28,14 @@ from mome_sdk.settings import build, read_toml
 from .assess import assess, write_features
 from .benchmark import SETS, BenchmarkConfig, make_benchmark
 from .comparators.hermes import Hermes, HermesConfig
+from .comparators.modality_onehot import ModalityOneHot
 from .comparators.multitalent import MultiTalent
 from .comparators.nnunet import NnUNet
 from .comparators.sam_med3d import SamConfig, SamMed3D
 from .config import StageConfig, TrainConfig
 from .dataset import Scan, build_cache, check_splits, tasks_of
 from .mome import Mome
-from .results import SystemRecord, append_row, read_rows
+from .results import SystemRecord, append_row, read_rows, slug
 from .sampling import SamplingOptions, scan_source
 from .stages import VALIDATION, fit_joint, table_sources, train_expert, with_experts
 from .system import System
@@ -54,7 +56,8 @@ class TablesConfig:
         repeated: Names of the systems that have the other seeds, too.
         benchmark: The data.
         mome: Its stages.
-        nnunet, task_specific, multitalent, hermes, sam_med3d: Stages of the others.
+        nnunet, task_specific, multitalent, hermes, sam_med3d: Stages of the others; nnunet's is
+            that of the nnU-Net which is told the modality, too.
         hermes_network, sam_network: Sizes of what is no plain U-Net.
     """
 
@@ -89,17 +92,24 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+class Cost(NamedTuple):
+    """What training took: time that cores were busy, and the largest memory of a stage."""
+
+    seconds: float
+    peak_mb: float
+
+
 class Trained(NamedTuple):
     """A system with its trained weights, and what that took.
 
-    systems: One, or one for each task; steps, seconds: Of all its stages.
+    systems: One, or one for each task; steps, cost: Of all its stages.
     """
 
     name: str
     seed: int
     systems: dict[str, System]
     steps: int
-    seconds: float
+    cost: Cost
 
 
 class Bench(NamedTuple):
@@ -149,20 +159,18 @@ def mome(bench: Bench, name: str, seed: int) -> Trained:
     stage = dataclasses.replace(config.joint, **ABLATIONS[name])
     run = _run(bench, seed)
     sources = table_sources(config, bench.scans, bench.cache)
-    seconds = 0.0
-    if stage.experts == "trained":
-        seconds = sum(_seconds(run / "experts" / modality) for modality in config.modalities)
-    where = _folder(bench, seed, _slug(name)) / "network"
+    where = _folder(bench, seed, slug(name)) / "network"
     model = with_experts(config, stage, run) if _is_missing(where) else MoME(config.architecture)
     if _is_missing(where):
         fit_joint(config, stage, model, sources, where)
         save_weights(model.state_dict(), where)
     model.load_state_dict(load_weights(where, name))
-    steps = stage.epochs * stage.iterations
+    steps, stages = stage.epochs * stage.iterations, [where]
     if stage.experts == "trained":
         steps += len(config.modalities) * config.experts.epochs * config.experts.iterations
+        stages += [run / "experts" / modality for modality in config.modalities]
     system = Mome(model, config.modalities, config.loss, stage)
-    return Trained(name, seed, {"": system}, steps, seconds + _seconds(where))
+    return Trained(name, seed, {"": system}, steps, _cost_of(*stages))
 
 
 def nnunet(bench: Bench, seed: int) -> Trained:
@@ -187,6 +195,13 @@ def hermes(bench: Bench, seed: int) -> Trained:
     return _train(bench, "Hermes", seed, system, bench.config.hermes)
 
 
+def modality_onehot(bench: Bench, seed: int) -> Trained:
+    """The nnU-Net, told the modality: what the knowledge alone is worth."""
+    torch.manual_seed(seed)
+    system = ModalityOneHot(_single(bench.config.mome), bench.config.mome.modalities)
+    return _train(bench, "nnU-Net with modality", seed, system, bench.config.nnunet)
+
+
 def sam_med3d(bench: Bench, seed: int) -> Trained:
     """Clicks, on whole heads."""
     torch.manual_seed(seed)
@@ -202,20 +217,21 @@ def task_specific(bench: Bench, seed: int) -> Trained:
     """
     name, stage = "task-specific nnU-Nets", bench.config.task_specific
     systems: dict[str, System] = {}
-    seconds, models = 0.0, 0
+    stages = []
     for number, (key, scans) in enumerate(_task_cases(bench).items()):
         torch.manual_seed(1000 * seed + number)
         system = NnUNet(_single(bench.config.mome))
-        where = _folder(bench, seed, _slug(name)) / _slug(key)
+        where = _folder(bench, seed, slug(name)) / slug(key)
         _fit_once(bench, system, stage, scans, where, seed, TASK_STREAM + number)
         systems[key] = system
-        seconds += _seconds(where)
-        models += 1
-    return Trained(name, seed, systems, models * stage.epochs * stage.iterations, seconds)
+        stages.append(where)
+    steps = len(stages) * stage.epochs * stage.iterations
+    return Trained(name, seed, systems, steps, _cost_of(*stages))
 
 
 SINGLE: dict[str, Callable[[Bench, int], Trained]] = {
     "nnU-Net": nnunet,
+    "nnU-Net with modality": modality_onehot,
     "Multi-Talent": multitalent,
     "Hermes": hermes,
     "task-specific nnU-Nets": task_specific,
@@ -292,8 +308,7 @@ def _record(trained: Trained, folder: Path) -> None:
             sum(p.numel() for network in networks for p in network.parameters()),
             len(networks),
             trained.steps,
-            trained.seconds,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            *trained.cost,
         ),
     )
 
@@ -301,7 +316,7 @@ def _record(trained: Trained, folder: Path) -> None:
 def _keep_weights(trained: Trained, folder: Path) -> None:
     """weights/: in half precision, which is what is committed; results are those of float32."""
     for key, system in trained.systems.items():
-        name = _slug(f"{trained.name} {key}".strip()) + f"-{trained.seed}.safetensors"
+        name = slug(f"{trained.name} {key}".strip()) + f"-{trained.seed}.safetensors"
         state = system.network.state_dict()
         half = {k: v.half().contiguous() for k, v in state.items()}
         make_folders(folder / "weights")
@@ -313,7 +328,7 @@ def reproduce(
 ) -> None:
     """Train, evaluate and tabulate everything that is not there yet.
 
-    Each system has a process of its own, with one thread, so that its peak memory is its own.
+    Each system has a process of its own, with one thread, so that its memory and time are its own.
 
     Args:
         config: Of all systems.
@@ -354,7 +369,7 @@ def _train_and_assess(bench: Bench, name: str, seed: int, folder: Path) -> None:
         return
     make_folders(folder / "weights")
     file = _expert(bench, name, seed).with_suffix(".safetensors")
-    write_file(folder / "weights" / f"{_slug(name)}-{seed}.safetensors", file.read_bytes())
+    write_file(folder / "weights" / f"{slug(name)}-{seed}.safetensors", file.read_bytes())
 
 
 def _expert(bench: Bench, name: str, seed: int) -> Path:
@@ -366,7 +381,7 @@ def _restore_experts(bench: Bench, folder: Path) -> None:
     for seed in bench.config.seeds:
         for modality in bench.config.mome.modalities:
             where = _expert(bench, f"{EXPERT} {modality}", seed)
-            kept = folder / "weights" / f"{_slug(f'{EXPERT} {modality}')}-{seed}.safetensors"
+            kept = folder / "weights" / f"{slug(f'{EXPERT} {modality}')}-{seed}.safetensors"
             log = folder / "logs" / f"seed-{seed}-experts-{modality}.csv"
             if _is_missing(where) and kept.exists() and log.exists():
                 write_file(where.with_suffix(".csv"), log.read_bytes())
@@ -381,10 +396,10 @@ def _keep_logs(bench: Bench, folder: Path) -> None:
 
 
 def _train(bench: Bench, name: str, seed: int, system: System, stage: StageConfig) -> Trained:
-    where = _folder(bench, seed, _slug(name)) / "network"
+    where = _folder(bench, seed, slug(name)) / "network"
     _fit_once(bench, system, stage, bench.scans, where, seed, SINGLE_STREAM)
     steps = stage.epochs * stage.iterations
-    return Trained(name, seed, {"": system}, steps, _seconds(where))
+    return Trained(name, seed, {"": system}, steps, _cost_of(where))
 
 
 def _fit_once(
@@ -430,15 +445,16 @@ def _folder(bench: Bench, seed: int, name: str) -> Path:
     return folder
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower())
-
-
 def _is_missing(where: Path) -> bool:
     return not where.with_name(f"{where.name}.safetensors").exists()
 
 
-def _seconds(where: Path) -> float:
-    """What a stage took, from its log."""
-    lines = where.with_name(f"{where.name}.csv").read_text().splitlines()[1:]
-    return sum(float(line.rpartition(",")[2]) for line in lines)
+def _cost_of(*stages: Path) -> Cost:
+    """Of stages, from their logs; NaN where one was not measured."""
+    cores, peaks = [], []
+    for where in stages:
+        with where.with_name(f"{where.name}.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                cores.append(float(row.get("core_seconds", "nan")))
+                peaks.append(float(row.get("peak_mb", "nan")))
+    return Cost(float(np.sum(cores)), float(np.max(peaks)))

@@ -78,8 +78,9 @@ class SystemRecord:
         needs_at_test: What must be told, joined by "+"; "" for nothing.
         parameters: Of all its networks.
         models: How many networks it has.
-        train_steps, train_seconds: Of all its stages; seconds on one core of the machine's.
-        train_peak_mb: Largest memory of the process that trained it, as far as it was measured.
+        train_steps, train_seconds: Of all its stages; time that cores were busy.
+        train_peak_mb: Largest memory of a process that trained it, evaluation left out. NaN, as the
+            seconds are, where it was not measured.
     """
 
     system: str
@@ -124,6 +125,11 @@ def score(
         msseg_f1=msseg_detection(found, truth, spacing_mm).f1,
         seconds=seconds,
     )
+
+
+def slug(name: str) -> str:
+    """A name of a system, a task or a file of results, as part of a file name."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def append_row(path: Path, row: Result | SystemRecord) -> None:

@@ -222,8 +222,8 @@ def table1(evidence: Evidence) -> Table:
                 *(_with_interval(level, cases) for level in LEVELS),
                 _seeds(evidence, name),
                 f"{record[0].parameters:,}" if record else "",
-                f"{np.mean([r.train_seconds for r in record]) / 60:.0f}" if record else "",
-                f"{max(r.train_peak_mb for r in record):.0f}" if record else "",
+                _mean([row.train_seconds / 60 for row in record]),
+                _mean([row.train_peak_mb for row in record]),
                 f"{np.median([row.seconds for row in own]):.1f}" if own else "",
                 f"{p_values[name]:.1e}" if name in p_values else "",
             )
@@ -372,6 +372,12 @@ def _with_interval(level: str, cases: Cases) -> str:
 
 def _signed(mean: float, low: float, high: float) -> str:
     return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Of those that were measured."""
+    there = [value for value in values if np.isfinite(value)]
+    return f"{np.mean(there):.0f}" if there else ""
 
 
 def _needs(records: Sequence[SystemRecord]) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +42,16 @@ from .system import System
 CLIP_NORM = 12.0  # nnU-Net 2.2; the joint stage clips the gate only (published trainer)
 POLY_POWER = 0.9
 EMA_DECAY = 0.9  # of the pseudo-Dice: nnU-Net 2.2
-COLUMNS = ("epoch", "lr", "loss", "pseudo_dice", "ema_pseudo_dice", "seconds")
+COLUMNS = (
+    "epoch",
+    "lr",
+    "loss",
+    "pseudo_dice",
+    "ema_pseudo_dice",
+    "peak_mb",
+    "core_seconds",
+    "seconds",
+)
 
 
 class Groups(NamedTuple):
@@ -101,7 +111,7 @@ def fit(
             rate = (1 - epoch / stage.epochs) ** POLY_POWER
             for group, lr in zip(optimizer.param_groups, base, strict=True):
                 group["lr"] = lr * rate
-            started, losses = time.monotonic(), []
+            started, cores, losses = time.monotonic(), time.process_time(), []
             for step in range(epoch * stage.iterations, (epoch + 1) * stage.iterations):
                 batch = _to(batch_of(source, step, _share(stage.batch)), device)
                 optimizer.zero_grad(set_to_none=True)
@@ -119,11 +129,12 @@ def fit(
                 bar.update()
             score = _pseudo_dice(system, stage, validation, epoch) if validation else None
             state.ema = _smoothed(state.ema, score)
-            seconds = time.monotonic() - started
             mean = float(np.mean(losses))
-            state.log.append([epoch, stage.lr * rate, mean, score, state.ema, seconds])
+            spent = (time.process_time() - cores, time.monotonic() - started)
+            row = [epoch, stage.lr * rate, mean, score, state.ema, _peak_mb(device), *spent]
+            state.log.append(row)
             state.epoch, state.scaler = epoch + 1, scaler.state_dict()
-            if score is not None and (state.best is None or _at_least(state.ema, state.best)):
+            if score is not None and (state.best is None or (state.ema or 0.0) > state.best):
                 state.best = state.ema
                 save_weights(average.weights(network), where.with_name(f"{where.name}.best"))
             _save_state(network, optimizer, average, state, where)
@@ -172,10 +183,6 @@ def _smoothed(ema: float | None, score: float | None) -> float | None:
     return EMA_DECAY * ema + (1 - EMA_DECAY) * score
 
 
-def _at_least(ema: float | None, best: float) -> bool:
-    return ema is not None and ema > best
-
-
 # ---- one step
 
 
@@ -184,6 +191,13 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", _rank() % torch.cuda.device_count())
+
+
+def _peak_mb(device: torch.device) -> float:
+    """The largest memory so far: the device's, or without one that of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

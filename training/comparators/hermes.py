@@ -247,9 +247,11 @@ class Hermes:
         """Cross-entropy and Dice of the mask; a hundredth of the modality's cross-entropy."""
         tasks, modality = (told.to(batch.images.device) for told in self._told(batch.origins))
         output = self.network(batch.images, tasks, modality)
+        unknown = len(self.modalities)
         names = functional.cross_entropy(
-            output.modality.float(), modality, ignore_index=len(self.modalities)
+            output.modality.float(), modality, ignore_index=unknown, reduction="sum"
         )
+        names = names / max(1, int((modality != unknown).sum()))
         return mask_loss(output.masks, batch.lesions[:, None]) + MODALITY_WEIGHT * names
 
     def segment(

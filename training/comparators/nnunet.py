@@ -34,6 +34,7 @@ class NnUNet:
     needs_at_test: frozenset[str] = frozenset()
 
     def __init__(self, arch: Architecture, *, smooth: float = 1e-5) -> None:
+        self.arch = arch
         self.network = UNet(arch, arch.in_channels, arch.classes)
         self.weights: Sequence[float] = head_weights(arch)
         self.smooth = smooth
