@@ -30,7 +30,6 @@ from .dataset import Scan, write_table
 from .lesions import LESIONS
 from .scanner import Profile, label_of, render
 
-GRID = (160, 196, 160)  # (D, H, W) of an anatomy, 1 mm
 LEAST = {"train": 3, "val": 1, "test": 4}  # subjects of a seen set
 LEAST_UNSEEN = 8
 

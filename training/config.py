@@ -39,8 +39,6 @@ class StageConfig:
         checkpoint: What the stage hands on: its "last" weights, or the "best" by pseudo-Dice.
         average: Decay of a running mean of the weights that takes their place at the end; 0: none.
         amp: "off", or the forward pass in "bf16", or on CUDA in "fp16" with scaled gradients.
-        memory: "plain", or "checkpoint": each network's activations are computed again in the
-            backward pass instead of kept (MoME only).
     """
 
     epochs: int
@@ -58,7 +56,6 @@ class StageConfig:
     checkpoint: Literal["last", "best"] = "last"
     average: float = 0.0
     amp: Literal["off", "bf16", "fp16"] = "off"
-    memory: Literal["plain", "checkpoint"] = "plain"
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.iterations, self.batch) < 1:
@@ -94,6 +91,8 @@ class JointConfig(StageConfig):
         curriculum: "quadratic" (equation 2), or "none": the fused loss alone, an ablation.
         own_loss: The specialisation loss of a batch: "sum" as in the published code, or the "mean"
             that equation 2 is for one image.
+        memory: "plain", or "checkpoint": each network's activations are computed again in the
+            backward pass instead of kept.
     """
 
     gate_lr: float
@@ -104,6 +103,7 @@ class JointConfig(StageConfig):
     gates: Literal["hierarchical", "finest"] = "hierarchical"
     curriculum: Literal["quadratic", "none"] = "quadratic"
     own_loss: Literal["sum", "mean"] = "sum"
+    memory: Literal["plain", "checkpoint"] = "plain"
 
 
 @dataclass(frozen=True)

@@ -225,16 +225,16 @@ def metastases(head: Head, rng: np.random.Generator) -> Lesion:
 
 def haemorrhage(head: Head, rng: np.random.Generator) -> Lesion:
     """A late subacute clot, deep or lobar, with a rim of haemosiderin; the oedema is no part."""
-    parts = _empty(head, "oedema", "rim", "clot")
+    parts = _empty(head, "oedema", "haemosiderin", "clot")
     deep = head.among("striatum", "thalamus", "pallidum")
     weight = deep if rng.random() < 0.6 and deep.any() else head.among("white matter")
     for centre in centres(weight, 1, rng):
         size = _volume(rng, 3, 50)
         focus = blob(head.parenchyma, centre, size, rng)
         _add(parts["oedema"], blob(head.parenchyma, centre, 2 * size, rng))
-        _add(parts["rim"], focus)
+        _add(parts["haemosiderin"], focus)
         _add(parts["clot"], focus, float(rng.uniform(0.82, 0.92)))
-    return Lesion(parts, ("rim", "clot"))
+    return Lesion(parts, ("haemosiderin", "clot"))
 
 
 def abscess(head: Head, rng: np.random.Generator) -> Lesion:

@@ -49,6 +49,7 @@ LESION_CONTRAST: dict[str, dict[str, Range]] = {
         "rim": (1.35, 1.8),
         "necrosis": (2.2, 3.2),
         "plaque": (1.55, 2.1),
+        "haemosiderin": (0.35, 0.6),  # it shortens T2
         "clot": (1.9, 2.7),
     },
     "FLAIR": {
@@ -63,8 +64,6 @@ LESION_CONTRAST: dict[str, dict[str, Range]] = {
     },
     "DWI": {"infarct": (1.6, 2.6)},
 }
-# Haemosiderin shortens T2: the rim of a clot is dark where a tumour's is not.
-HAEMORRHAGE_RIM_T2: Range = (0.35, 0.6)
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def render(
     image += folia * (means[INDEX["outer CSF"]] - image)
     reference = max(1.0, float(means[INDEX["cortex"]])) if modality in ("FLAIR", "DWI") else 1.0
     for name, cover in lesion.parts.items():
-        limits = _part_contrast(lesion, name, modality)
+        limits = LESION_CONTRAST[modality].get(name)
         if limits is None:
             continue
         level = reference * float(rng.uniform(*limits))
@@ -150,12 +149,6 @@ def render(
         varied = level * (1 + smooth_field(rng, shape, 8 / factor, 0.06))
         image += pooled(cover, factor) * (varied - image)
     return _acquired(image, inside, modality, profile, factor, rng)
-
-
-def _part_contrast(lesion: Lesion, name: str, modality: str) -> Range | None:
-    if name == "rim" and "clot" in lesion.parts and modality == "T2":
-        return HAEMORRHAGE_RIM_T2
-    return LESION_CONTRAST[modality].get(name)
 
 
 def _means(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable
+from functools import partial
 
-from mome_sdk.errors import MomeError
+from mome_sdk.errors import MomeError, PeerError
 
 from . import dicomweb, sender
 from .audit import Audit
+from .dicomweb import WEB
 from .jobs import JobQueue
 from .receiver import identifiers
 from .settings import DicomWebConfig, Peer, ServiceConfig
-
-WEB = "dicomweb"
 
 
 class Backfill(threading.Thread):
@@ -66,7 +66,8 @@ class Backfill(threading.Thread):
             if self._stopping.is_set():
                 break
             if count is not None and self._is_missing(study, count, peer.aet):
-                sender.fetch_study(study, peer, self._config.node)
+                node = self._config.node
+                self._fetch(study, peer.aet, partial(sender.fetch_study, study, peer, node))
                 asked += 1
         return asked
 
@@ -76,9 +77,19 @@ class Backfill(threading.Thread):
             if self._stopping.is_set():
                 break
             if self._is_missing(study, dicomweb.images_of_study(study, server), WEB):
-                self._keep(study, server)
+                self._fetch(study, WEB, partial(self._keep, study, server))
                 asked += 1
         return asked
+
+    def _fetch(self, study: str, peer: str, work: Callable[[], object]) -> None:
+        """What does not succeed is tried at the next look, and does not hold up other studies."""
+        try:
+            work()
+        except (MomeError, OSError, sqlite3.Error) as error:
+            del self._tried[study]
+            if not isinstance(error, PeerError) or error.code == "peer.unreachable":
+                raise  # the others would not come, either
+            self._audit.write("backfill-failed", study=study, peer=peer, code=error.code)
 
     def _keep(self, study: str, server: DicomWebConfig) -> None:
         for data in dicomweb.fetch_study(study, server):

@@ -17,6 +17,7 @@ from mome_sdk.errors import PeerError
 from .sender import date_range
 from .settings import DicomWebConfig, token_of
 
+WEB = "dicomweb"  # the server's name among the peers, in the queue and the log
 PAGE = 500
 EXPLICIT = (("application/dicom", "1.2.840.10008.1.2.1"),)
 

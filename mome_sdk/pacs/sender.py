@@ -25,6 +25,7 @@ from .commitment import Commitments
 from .settings import PLAIN, NodeConfig, Peer
 
 SUCCESS, PENDING = 0x0000, (0xFF00, 0xFF01)
+SOME_FAILED = 0xB000  # a C-MOVE ended, not all of it was sent
 WARNINGS = range(0xB000, 0xC000)  # stored, with a remark
 
 
@@ -94,22 +95,23 @@ def _reference(header: Dataset) -> Dataset:
 
 def images_of_study(study: str, peer: Peer, node: NodeConfig) -> int | None:
     """How many images the MR series of a study have, as a peer says; None if it does not say."""
-    query = Dataset()
-    query.QueryRetrieveLevel = "SERIES"
-    query.StudyInstanceUID = study
-    query.Modality = "MR"
-    query.SeriesInstanceUID = query.NumberOfSeriesRelatedInstances = ""
     try:
-        found = [
-            each.get("NumberOfSeriesRelatedInstances")
-            for each in _find(query, peer, node)
-            if each.get("Modality") == "MR"
-        ]
+        found = [each.get("NumberOfSeriesRelatedInstances") for each in _series(study, peer, node)]
     except PeerError:
         return None
     if not found or not all(found):
         return None
     return sum(int(number) for number in found)
+
+
+def _series(study: str, peer: Peer, node: NodeConfig) -> list[Dataset]:
+    """What a peer says of the MR series of a study."""
+    query = Dataset()
+    query.QueryRetrieveLevel = "SERIES"
+    query.StudyInstanceUID = study
+    query.Modality = "MR"
+    query.SeriesInstanceUID = query.NumberOfSeriesRelatedInstances = ""
+    return [each for each in _find(query, peer, node) if each.get("Modality") == "MR"]
 
 
 def recent_studies(days: int, peer: Peer, node: NodeConfig) -> list[str]:
@@ -146,21 +148,31 @@ def _find(query: Dataset, peer: Peer, node: NodeConfig) -> list[Dataset]:
 
 
 def fetch_study(study: str, peer: Peer, node: NodeConfig) -> int:
-    """Ask a peer to send a study to us by C-MOVE; returns how many images it sent.
+    """Ask a peer to send the MR series of a study to us by C-MOVE.
+
+    Not the whole study: what is no MR image would be refused here, and make a failure of it.
+
+    Returns:
+        How many images it sent; there may be some that it did not send.
 
     Raises:
         PeerError: `peer.unreachable`, `peer.refused`, `peer.status`.
     """
+    series = [str(each.SeriesInstanceUID) for each in _series(study, peer, node)]
+    return sum(_fetch_series(study, uid, peer, node) for uid in sorted(series))
+
+
+def _fetch_series(study: str, series: str, peer: Peer, node: NodeConfig) -> int:
     query = Dataset()
-    query.QueryRetrieveLevel = "STUDY"
-    query.StudyInstanceUID = study
+    query.QueryRetrieveLevel = "SERIES"
+    query.StudyInstanceUID, query.SeriesInstanceUID = study, series
     model = StudyRootQueryRetrieveInformationModelMove
     last: Any = None
     with _associated(peer, node, [build_context(model, PLAIN)]) as association:
         for status, _ in association.send_c_move(query, node.aet, model):
             last = status or last
     status = getattr(last, "Status", None)
-    if status != SUCCESS:
+    if status not in (SUCCESS, SOME_FAILED):
         raise _answered(peer, status, "a C-MOVE")
     return int(getattr(last, "NumberOfCompletedSuboperations", 0))
 

@@ -190,13 +190,3 @@ def _lock(path: Path) -> IO[bytes]:
             hint="Stop it, or name another folder.",
         ) from error
     return file
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Whether a condition holds within a time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()

@@ -21,11 +21,11 @@ from mome_sdk.study import Chosen, read_study, results
 from . import dicomweb, sender
 from .audit import Audit
 from .commitment import Commitments
+from .dicomweb import WEB
 from .jobs import Job, JobQueue
 from .settings import ServiceConfig
 
 IDLE_S = 0.5
-WEB = "dicomweb"
 
 
 class Worker(threading.Thread):

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -195,6 +196,16 @@ def small_study(folder: Path, number: int) -> Path:
     volume = phantom(where=grid(12.0).reorient("LPS"))
     save(classic(volume, "FLAIR", number=1, study=f"study-{number}"), folder)
     return folder
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Whether a condition holds within a time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
 
 
 def ask(path: str, data: bytes | None = None, **headers: str) -> tuple[int, bytes]:

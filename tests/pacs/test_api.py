@@ -16,8 +16,7 @@ import pytest
 
 from dicom_files import PATIENT_ID
 from mome_sdk.nifti import write_nifti
-from mome_sdk.pacs.service import wait_until
-from pacs.conftest import OWN_HTTP, ask, small_study
+from pacs.conftest import OWN_HTTP, ask, small_study, wait_until
 from phantom import grid, phantom
 
 pytestmark = pytest.mark.slow

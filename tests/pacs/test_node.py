@@ -13,9 +13,8 @@ import pytest
 
 from dicom_files import PATIENT_ID, PATIENT_NAME, classic, save
 from mome_sdk.pacs import dicomweb, sender
-from mome_sdk.pacs.service import wait_until
 from mome_sdk.pacs.settings import DicomWebConfig
-from pacs.conftest import CONFIG, DICOM, HTTP, small_study, storescu
+from pacs.conftest import CONFIG, DICOM, HTTP, small_study, storescu, wait_until
 from phantom import grid, phantom
 
 pytestmark = pytest.mark.slow
@@ -132,6 +131,7 @@ def test_a_peer_is_asked_how_many_images_there_are(orthanc, serve, configure, tm
     web = DicomWebConfig(f"http://127.0.0.1:{HTTP}/dicom-web")
     assert sum(len(v) for v in orthanc.results().values()) == 3  # which do not count:
     assert sender.images_of_study(uid, peer, config.node) == images
+    assert sender.fetch_study(uid, peer, config.node) == images
     assert dicomweb.images_of_study(uid, web) == images
     files = list(dicomweb.fetch_study(uid, web))
     assert len(files) == images

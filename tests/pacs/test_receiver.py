@@ -30,9 +30,8 @@ from pynetdicom.dimse_primitives import C_STORE
 from pynetdicom.sop_class import StorageCommitmentPushModel, Verification
 
 from mome_sdk.pacs.receiver import CANNOT_UNDERSTAND, MISMATCH, OUT_OF_RESOURCES, identifiers
-from mome_sdk.pacs.service import wait_until
 from mome_sdk.pacs.settings import TlsConfig
-from pacs.conftest import NODE, NodeProcess, ask, name_nobody, small_study
+from pacs.conftest import NODE, NodeProcess, ask, name_nobody, small_study, wait_until
 
 MR = "1.2.840.10008.5.1.4.1.1.4"
 

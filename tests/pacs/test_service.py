@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from mome_sdk.errors import InputError
-from mome_sdk.pacs.service import Service, wait_until
-from pacs.conftest import NODE, ask
+from mome_sdk.errors import InputError, PeerError
+from mome_sdk.pacs.service import Service
+from pacs.conftest import NODE, ask, wait_until
 from pacs.node import BrightSegmenter
 
 SERVE = [sys.executable, "-c", "import sys; from mome_sdk.cli import main; sys.exit(main())"]
@@ -108,6 +108,34 @@ def test_the_time_that_the_node_was_down_is_not_quiet(configure):
     time.sleep(0.5)
     service.look()
     assert len(service.queue.latest()) == 1
+    service.queue.close()
+    service._alone.close()
+
+
+def test_a_study_that_could_not_be_fetched_is_asked_for_again(configure, monkeypatch):
+    """A refusal of one study holds up no other; what brought nothing new is not asked for twice."""
+    config = configure(("sends = true", "sends = true\nbackfill_days = 1"))
+    service = Service(config, segmenter=BrightSegmenter)
+    refused, asked = {"1.2"}, []
+
+    def fetch(study: str, *_: object) -> int:
+        asked.append(study)
+        if study in refused:
+            raise PeerError("peer.status", "No.", retryable=True)
+        return 0
+
+    monkeypatch.setattr("mome_sdk.pacs.sender.recent_studies", lambda *_: ["1.2", "1.3"])
+    monkeypatch.setattr("mome_sdk.pacs.sender.images_of_study", lambda *_: 3)
+    monkeypatch.setattr("mome_sdk.pacs.sender.fetch_study", fetch)
+    looks = [service.backfill.look() for _ in range(2)]
+    assert (looks, asked) == ([2, 1], ["1.2", "1.3", "1.2"])
+    refused.clear()
+    looks = [service.backfill.look() for _ in range(2)]
+    assert (looks, asked) == ([1, 0], ["1.2", "1.3", "1.2", "1.2"])
+    service.queue.receive("1.2", "1.2.0", b"image", "SCANNER")
+    assert service.backfill.look() == 1  # one of three came: worth another try
+    said = Path("node", "logs", "audit.jsonl").read_text()
+    assert said.count("backfill-failed") == 2
     service.queue.close()
     service._alone.close()
 

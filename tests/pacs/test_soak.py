@@ -18,8 +18,7 @@ from collections import Counter
 import pydicom
 import pytest
 
-from mome_sdk.pacs.service import wait_until
-from pacs.conftest import NodeProcess, ask, name_nobody, small_study, storescu
+from pacs.conftest import NodeProcess, ask, name_nobody, small_study, storescu, wait_until
 
 FULL = os.environ.get("MOME_SOAK") == "full"
 STUDIES, SENDERS, KILLS, RESTARTS = (200, 4, 20, 3) if FULL else (20, 4, 4, 1)

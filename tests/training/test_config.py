@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mome_sdk.architecture import Architecture
 from mome_sdk.errors import InputError
 from mome_sdk.training.__main__ import DEMO_CONFIG
 from mome_sdk.training.config import load_config
@@ -17,6 +18,22 @@ def test_demo_config_has_the_five_modalities_in_expert_order():
     assert set(config.synthesis.modality) == set(config.modalities)
     assert not set(config.data.train) & set(config.data.held_out)
     assert all(edge % config.architecture.window_multiple == 0 for edge in config.patch)
+
+
+def test_the_paper_configuration_has_the_published_numbers():
+    config = load_config(DEMO_CONFIG.with_name("paper.toml"))
+    features, twice = (32, 64, 128, 256, 320, 320), (2,) * 6
+    strides = (1, 2, 2, 2, 2, 2)
+    assert config.architecture == Architecture(features, strides, twice, twice[1:])
+    assert config.patch == (128, 128, 128)
+    for stage in (config.experts, config.joint):
+        assert (stage.epochs, stage.iterations, stage.batch) == (800, 250, 2)
+        assert (stage.optimizer, stage.weight_decay) == ("sgd", 3e-5)
+    assert (config.joint.lr, config.joint.gate_lr) == (1e-3, 1e-3)
+    assert (config.joint.heads, config.joint.own_loss) == ("random", "sum")
+    assert (config.joint.gates, config.joint.curriculum) == ("hierarchical", "quadratic")
+    assert (config.loss.levels, config.loss.tissue_weight) == (5, 0.0)
+    assert config.gate is None
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def miniature() -> TablesConfig:
         patch=(16, 16, 16),
         architecture=Architecture((2, 2, 2, 2), (1, 2, 2, 2), (1,) * 4, (1,) * 3),
         experts=tiny(config.mome.experts),
-        joint=dataclasses.replace(tiny(config.mome.joint)),
+        joint=tiny(config.mome.joint),
     )
     return dataclasses.replace(
         config,

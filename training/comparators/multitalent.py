@@ -7,7 +7,6 @@ does not say what it was in the comparison: here it is a task or a data set, by 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -114,8 +113,3 @@ def masked_loss(logits: Tensor, target: Tensor, heads: Sequence[int]) -> Tensor:
         p, y = probability[mine], truth[mine]
         total = total - 2 * (p * y).sum() / (p.sum() + y.sum()).clamp_min(1e-7)
     return total
-
-
-def multitalent_architecture(arch: Architecture, heads: int) -> Architecture:
-    """The architecture with a class for each head: what counts its parameters."""
-    return replace(arch, classes=heads)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -428,9 +428,3 @@ def click_loss(logits: Tensor, truth: Tensor) -> Tensor:
     overlap = 2 * (p * known).sum(axes) + 1e-5
     total = (p**2).sum(axes) + (known**2).sum(axes) + 1e-5
     return entropy + (1 - overlap / total).mean()
-
-
-def published_parts(network: SamNetwork) -> dict[str, Any]:
-    """Parameters of the three parts."""
-    parts = {"encoder": network.encoder, "prompts": network.prompts, "decoder": network.decoder}
-    return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
