@@ -237,7 +237,7 @@ class Api:
         body = "<p><a href='/'>All jobs</a></p>"
         if "nifti" in self._queue.results(number):
             body += _viewer(number) if (STATIC / "niivue.js").exists() else NO_VIEWER
-        return _html(job.label, f"{body}<pre>{said}</pre>")
+        return _html(f"Job {number}", f"{body}<pre>{said}</pre>")
 
     def _script(self, name: str) -> Response:
         path = STATIC / name

@@ -82,11 +82,6 @@ class Job:
     message: str
     said: Mapping[str, Any]
 
-    @property
-    def label(self) -> str:
-        """How logs and pages name it; no UID."""
-        return f"job {self.id} ({hashlib.sha256(self.study.encode()).hexdigest()[:8]})"
-
 
 class JobQueue:
     """The queue in a folder; used by the threads of one process.
