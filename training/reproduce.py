@@ -44,6 +44,7 @@ from .train import fit, load_weights, save_weights
 
 TASK_STREAM, SINGLE_STREAM = 2000, 500
 EXPERT = "expert"
+EXPERTS_ALONE = "experts alone"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class Cost(NamedTuple):
 class Trained(NamedTuple):
     """A system with its trained weights, and what that took.
 
-    systems: One, or one for each task; steps, cost: Of all its stages.
+    systems: One with the name "", or one for each task or modality; steps, cost: Of all its stages.
     """
 
     name: str
@@ -209,6 +210,17 @@ def sam_med3d(bench: Bench, seed: int) -> Trained:
     return _train(bench, "SAM-Med3D", seed, system, bench.config.sam_med3d)
 
 
+def experts_alone(bench: Bench, seed: int) -> Trained:
+    """The expert of the image's modality after stage 1: what gate and joint stage start from."""
+    config, systems = bench.config.mome, {}
+    stages = [_expert(bench, f"{EXPERT} {modality}", seed) for modality in config.modalities]
+    for modality, where in zip(config.modalities, stages, strict=True):
+        systems[modality] = NnUNet(_single(config))
+        systems[modality].network.load_state_dict(load_weights(where, f"Expert {modality}"))
+    steps = len(stages) * config.experts.epochs * config.experts.iterations
+    return Trained(EXPERTS_ALONE, seed, {**systems}, steps, _cost_of(*stages))
+
+
 def task_specific(bench: Bench, seed: int) -> Trained:
     """An nnU-Net for each task; for an unseen one, on its own cases: an upper bound.
 
@@ -231,6 +243,7 @@ def task_specific(bench: Bench, seed: int) -> Trained:
 
 SINGLE: dict[str, Callable[[Bench, int], Trained]] = {
     "nnU-Net": nnunet,
+    EXPERTS_ALONE: experts_alone,
     "nnU-Net with modality": modality_onehot,
     "Multi-Talent": multitalent,
     "Hermes": hermes,
@@ -262,10 +275,11 @@ def assess_trained(trained: Trained, bench: Bench, folder: Path) -> None:
     tests = [scan for scan in bench.scans if scan.split == "test"]
 
     def choose(scan: Scan) -> str | None:
-        if len(trained.systems) == 1:
-            system = trained.systems[""]
-            needs = system.needs_at_test
+        if "" in trained.systems:
+            needs = trained.systems[""].needs_at_test
             return None if "dataset" in needs and not _seen(scan) else ""
+        if scan.modality in trained.systems:
+            return scan.modality
         return scan.origin.task if _seen(scan) else f"{scan.origin.task} {half_of(scan)}"
 
     assess(
@@ -297,8 +311,8 @@ def _record(trained: Trained, folder: Path) -> None:
         return
     networks = [system.network for system in trained.systems.values()]
     needs = {need for system in trained.systems.values() for need in system.needs_at_test}
-    if len(networks) > 1:
-        needs |= {"dataset", "modality"}  # to choose the model
+    if "" not in trained.systems:  # to choose the model
+        needs |= {"modality"} if trained.name == EXPERTS_ALONE else {"dataset", "modality"}
     append_row(
         path,
         SystemRecord(
@@ -315,6 +329,8 @@ def _record(trained: Trained, folder: Path) -> None:
 
 def _keep_weights(trained: Trained, folder: Path) -> None:
     """weights/: in half precision, which is what is committed; results are those of float32."""
+    if trained.name == EXPERTS_ALONE:  # they are there
+        return
     for key, system in trained.systems.items():
         name = slug(f"{trained.name} {key}".strip()) + f"-{trained.seed}.safetensors"
         state = system.network.state_dict()
