@@ -46,10 +46,9 @@ def tiny_config() -> TrainConfig:
         loss=dataclasses.replace(demo.loss, levels=2),
         experts=stage,
         continued=stage,
-        gate=GateConfig(**dataclasses.asdict(stage), start="T1"),
+        gate=GateConfig(**dataclasses.asdict(stage), start="T1", distinct=1),
         joint=JointConfig(
             **{**dataclasses.asdict(stage), "epochs": 3},
-            warm_up=1,
             gate_lr=1e-3,
             gate_start="average",
         ),

@@ -29,12 +29,16 @@ class Origin:
 
 
 class Patch(NamedTuple):
-    """image (C, D, H, W) float32; lesion (D, H, W) uint8; tissue likewise, where it is known."""
+    """image (C, D, H, W) float32; lesion (D, H, W) uint8; tissue likewise, where it is known.
+
+    experts (E, N, D, H, W) float16: Logits of frozen experts, where they come along.
+    """
 
     image: Tensor
     lesion: Tensor
     origin: Origin
     tissue: Tensor | None = None
+    experts: Tensor | None = None
 
 
 PatchSource = Callable[[int, int], Patch]
@@ -42,12 +46,16 @@ PatchSource = Callable[[int, int], Patch]
 
 
 class Batch(NamedTuple):
-    """images (B, C, D, H, W); lesions and tissues (B, D, H, W); an origin for each sample."""
+    """images (B, C, D, H, W); lesions and tissues (B, D, H, W); an origin for each sample.
+
+    experts (B, E, N, D, H, W): See `Patch`.
+    """
 
     images: Tensor
     lesions: Tensor
     origins: tuple[Origin, ...]
     tissues: Tensor | None = None
+    experts: Tensor | None = None
 
 
 def batch_of(source: PatchSource, step: int, numbers: Iterable[int]) -> Batch:
@@ -55,9 +63,11 @@ def batch_of(source: PatchSource, step: int, numbers: Iterable[int]) -> Batch:
     patches = [source(step, number) for number in numbers]
     images = torch.stack([patch.image for patch in patches])
     tissues = [patch.tissue for patch in patches if patch.tissue is not None]
+    experts = [patch.experts for patch in patches if patch.experts is not None]
     return Batch(
         images.contiguous(memory_format=torch.channels_last_3d),
         torch.stack([patch.lesion for patch in patches]),
         tuple(patch.origin for patch in patches),
         torch.stack(tissues).long() if tissues else None,
+        torch.stack(experts) if experts else None,
     )

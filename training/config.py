@@ -68,13 +68,16 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig(StageConfig):
-    """The stage that teaches the gate which modality it looks at.
+    """The stage in which the gate alone learns, from the fused loss.
 
     Attributes:
         start: Modality of the expert whose weights the gate starts from.
+        distinct: Steps with patches of their own, for which the experts are computed once and
+            kept in memory; later steps see the same patches mirrored.
     """
 
     start: str
+    distinct: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,6 @@ class JointConfig(StageConfig):
 
     Attributes:
         gate_lr: Learning rate of the gating network.
-        warm_up: Epochs at the start in which only the gate learns; published: 0.
         experts: "trained" by the first stage, or "random", an ablation.
         heads: Of the trained experts: "kept", or "random" again as in the published loader.
         gate_start: "random" as published, or the "average" of the experts.
@@ -96,7 +98,6 @@ class JointConfig(StageConfig):
     """
 
     gate_lr: float
-    warm_up: int = 0
     experts: Literal["trained", "random"] = "trained"
     heads: Literal["kept", "random"] = "kept"
     gate_start: Literal["random", "average"] = "random"

@@ -111,23 +111,3 @@ def curriculum_loss(
         for b, expert in enumerate(modality)
     ]
     return share * own_scale * torch.stack(own).sum() + (1.0 - share) * fused
-
-
-def routing_loss(
-    gates: Sequence[Tensor], modality: Sequence[int], weights: Sequence[float]
-) -> Tensor:
-    """How far gates are from 1 for each sample's own expert and 0 for the others.
-
-    Args:
-        gates: Gate maps (B, E, N, D, H, W) of every level, full resolution first.
-        modality: Expert index of each sample.
-        weights: One per level.
-
-    Returns:
-        A scalar: the squared difference, averaged over samples, experts, classes and voxels of a
-        level, summed over levels by weight. Ours; the published training has no such term.
-    """
-    own = functional.one_hot(torch.tensor(modality), gates[0].shape[1])
-    own = own.reshape(*own.shape, 1, 1, 1, 1)
-    terms = [w * ((level - own) ** 2).mean() for level, w in zip(gates, weights, strict=True)]
-    return torch.stack(terms).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -14,16 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from mome_sdk.architecture import Architecture
 from mome_sdk.errors import InputError
-from mome_sdk.network import MoME, MomeOutput, UNet
+from mome_sdk.network import MoME, MomeOutput, UNet, fuse
 from mome_sdk.sliding_window import SlidingWindow
 
-from .batch import Batch, Origin
+from .batch import Batch, Origin, Patch, PatchSource
 from .config import JointConfig, LossConfig
 from .losses import (
     curriculum_loss,
     deep_supervision,
+    dice_ce,
     level_weights,
-    routing_loss,
     targets_at_levels,
 )
 from .window import segment_windows
@@ -98,16 +98,17 @@ class Expert:
 
 
 class Gate:
-    """The stage between experts and joint, ours: the gate learns whose image it sees.
+    """The stage between experts and joint, ours: the gate alone learns, from the fused loss.
 
-    The experts stay as they are, and only their first stages are computed.
+    The experts stay as they are. Patches bring their logits along (`with_experts_logits`), so that
+    only their first stages are computed.
     """
 
     needs_at_test: frozenset[str] = frozenset()
 
-    def __init__(self, model: MoME, modalities: Sequence[str], weights: Sequence[float]) -> None:
+    def __init__(self, model: MoME, loss: LossConfig) -> None:
         model.experts.requires_grad_(False)
-        self.model, self.modalities, self.weights = model, modalities, weights
+        self.model, self.options = model, loss
 
     @property
     def network(self) -> nn.Module:
@@ -115,10 +116,11 @@ class Gate:
         return self.model
 
     def loss(self, batch: Batch, progress: float) -> Tensor:
-        """How far the gates are from 1 for the own expert and 0 for the others."""
-        gates = self.model.gates(batch.images, len(self.weights))
-        own = [self.modalities.index(origin.modality) for origin in batch.origins]
-        return routing_loss([level.float() for level in gates], own, self.weights)
+        """Dice + cross-entropy of the fused output at full resolution."""
+        assert batch.experts is not None
+        (gates,) = self.model.gates(batch.images)
+        fused = fuse(batch.experts.float(), gates.float())
+        return dice_ce(fused, batch.lesions, smooth=self.options.dice_smooth)
 
     def segment(
         self,
@@ -131,12 +133,33 @@ class Gate:
         return segment_windows(lambda x: self.model(x).fused[0], image, window)
 
 
-class Mome:
-    """Stage 2: all networks under the curriculum loss (paper, equations 2 to 4).
+def with_experts_logits(source: PatchSource, model: MoME, distinct: int) -> PatchSource:
+    """Patches with the experts' logits, which are computed once for the first `distinct` steps.
 
-    In the first `warm_up` epochs only the gate learns, from the fused loss; then the curriculum
-    runs from the experts' own losses to the fused loss.
+    Later steps have the same patches and logits again, each round mirrored another way.
     """
+
+    @cache
+    @torch.no_grad()
+    def drawn(step: int, number: int) -> Patch:
+        patch = source(step, number)
+        image = patch.image[None].to(next(model.parameters()).device)
+        logits = [expert(image, 1)[0][0] for expert in model.experts]
+        return patch._replace(experts=torch.cat(logits).half().cpu(), tissue=None)
+
+    def patch(step: int, number: int) -> Patch:
+        first = drawn(step % distinct, number)
+        axes = [axis for axis in (-3, -2, -1) if (step // distinct) >> (axis + 3) & 1]
+        image, lesion, experts = (
+            value.flip(axes) for value in (first.image, first.lesion, first.experts)
+        )
+        return first._replace(image=image, lesion=lesion, experts=experts)
+
+    return patch
+
+
+class Mome:
+    """Stage 2: all networks under the curriculum loss (paper, equations 2 to 4)."""
 
     needs_at_test: frozenset[str] = frozenset()
 
@@ -150,25 +173,15 @@ class Mome:
     def loss(self, batch: Batch, progress: float) -> Tensor:
         """f x own experts' losses + (1 - f) x fused loss."""
         size = len(batch.origins)
-        course = self._course(progress)  # before the forward pass: it freezes and thaws
         return curriculum_loss(
             self.output(batch.images, len(self.weights)),
             batch.lesions,
             [self.modalities.index(origin.modality) for origin in batch.origins],
             self.weights,
-            progress=course,
+            progress=1.0 if self.joint.curriculum == "none" else progress,
             smooth=self.options.dice_smooth,
             own_scale=(self.joint.batch if self.joint.own_loss == "sum" else 1) / size,
         )
-
-    def _course(self, progress: float) -> float:
-        """Where the curriculum is; the experts are frozen in the epochs before it starts."""
-        start = self.joint.warm_up / self.joint.epochs
-        frozen = progress < start - 1e-9
-        self.network.experts.requires_grad_(not frozen)
-        if frozen or self.joint.curriculum == "none":
-            return 1.0
-        return (progress - start) / (1 - start)
 
     def output(self, images: Tensor, levels: int) -> MomeOutput:
         """Experts, gates and fusion as the options say."""

@@ -1,8 +1,8 @@
 """The stages of a MoME: the experts, the gate, all networks jointly.
 
-Experts, then all networks, is the published order. The gate stage between them is ours: it teaches
-the gate which modality it looks at. The published gate learns from the fused loss alone, in 800
-epochs; the few hundred steps of a demonstration are too few for that.
+Experts, then all networks, is the published order. The gate stage between them is ours: the gate
+alone learns, from the fused loss, while the experts stay as they are. That is cheap, because the
+experts' outputs on a patch do not change; the published gate has 800 epochs of the joint stage.
 
 A run folder holds `experts/<modality>.safetensors`, `joint/gate.safetensors`, then
 `joint/checkpoint.safetensors` and `run.json`; `mome import RUN -o BUNDLE` makes a bundle of it.
@@ -31,10 +31,10 @@ from .mome import (
     Expert,
     Gate,
     Mome,
-    loss_weights,
     random_heads,
     start_as_average,
     start_from_expert,
+    with_experts_logits,
 )
 from .patches import load_anatomies, patch_source
 from .sampling import SamplingOptions, scan_source
@@ -129,7 +129,7 @@ def train_expert(config: TrainConfig, modality: str, sources: SourcesOf, run: Pa
 
 
 def train_gate(config: TrainConfig, sources: SourcesOf, run: Path) -> None:
-    """Stage 2, ours: the gate alone learns whose image it sees; writes `joint/gate.safetensors`.
+    """Stage 2, ours: the gate alone learns; writes `joint/gate.safetensors`.
 
     Raises:
         BundleError: `bundle.missing`, an expert is not finished.
@@ -142,8 +142,9 @@ def train_gate(config: TrainConfig, sources: SourcesOf, run: Path) -> None:
         return
     model = with_experts(config, config.joint, run)
     start_from_expert(model, config.modalities.index(stage.start))
-    system = Gate(model, config.modalities, loss_weights(config.architecture, config.loss))
+    system = Gate(model, config.loss)
     training, validation = sources(stage, range(model.arch.experts), GATE_STREAM)
+    training = with_experts_logits(training, model, stage.distinct)
     groups = Groups([{"params": list(model.gate.parameters()), "lr": stage.lr}], model.gate)
     fit(system, stage, training, where, groups=groups, validation=validation)
     save_weights(model.gate.state_dict(), where)

@@ -201,8 +201,8 @@ def _peak_mb(device: torch.device) -> float:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    tissues = None if batch.tissues is None else batch.tissues.to(device)
-    return Batch(batch.images.to(device), batch.lesions.to(device), batch.origins, tissues)
+    moved = {k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+    return batch._replace(**moved)
 
 
 def _autocast(stage: StageConfig, device: torch.device) -> Any:

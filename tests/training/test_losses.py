@@ -16,7 +16,6 @@ from mome_sdk.training.losses import (
     deep_supervision,
     dice_ce,
     level_weights,
-    routing_loss,
     targets_at_levels,
 )
 
@@ -98,12 +97,3 @@ def test_shares_of_a_batch_add_up_to_its_loss():
 
     shares = 2 / 3 * loss(slice(0, 2)) + 1 / 3 * loss(slice(2, 3))
     torch.testing.assert_close(shares, loss(slice(0, 3)))
-
-
-def test_routing_loss_is_the_distance_from_the_own_expert_alone():
-    own = torch.zeros(2, 5, 2, 4, 4, 4)
-    own[0, 3] = own[1, 0] = 1.0
-    even = torch.full((2, 5, 2, 2, 2, 2), 0.2)
-    assert float(routing_loss([own], [3, 0], [1.0])) == 0.0
-    assert float(routing_loss([own], [0, 3], [1.0])) == pytest.approx(2 / 5)
-    assert float(routing_loss([own, even], [3, 0], [0.75, 0.25])) == pytest.approx(0.25 * 0.16)

@@ -14,10 +14,17 @@ from labelmap import tiny_config
 from mome_sdk.architecture import Architecture
 from mome_sdk.errors import InputError
 from mome_sdk.network import MoME
-from mome_sdk.training.batch import Batch, Origin
+from mome_sdk.training.batch import Batch, Origin, Patch
 from mome_sdk.training.config import JointConfig, LossConfig, TrainConfig
-from mome_sdk.training.losses import curriculum_loss, level_weights
-from mome_sdk.training.mome import Expert, Mome, random_heads, start_from_expert
+from mome_sdk.training.losses import curriculum_loss, dice_ce, level_weights
+from mome_sdk.training.mome import (
+    Expert,
+    Gate,
+    Mome,
+    random_heads,
+    start_from_expert,
+    with_experts_logits,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "a"
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR", "DWI")
@@ -99,15 +106,43 @@ def test_curriculum_at_the_first_the_middle_and_the_last_epoch(authors, batch):
     assert float(without.loss(batch, 0.0).detach()) == pytest.approx(case["l2"], abs=1e-5)
 
 
-def test_only_the_gate_learns_while_it_warms_up(authors, batch):
-    joint = dataclasses.replace(JOINT, warm_up=200)
-    system = Mome(authors, MODALITIES, LOSS, joint)
-    system.loss(batch, 199 / 800).backward()
-    assert all(weight.grad is None for weight in authors.experts.parameters())
-    system.loss(batch, 200 / 800).backward()  # the curriculum starts: f = 1
-    case = json.loads((GOLDEN / "case.json").read_text())
-    loss = float(system.loss(batch, 200 / 800).detach())
-    assert loss == pytest.approx(case["l1"], abs=1e-5)
+def test_patches_bring_the_experts_logits_and_come_again_mirrored(config):
+    torch.manual_seed(0)
+    model, asked = MoME(config.architecture), []
+
+    def source(step: int, number: int) -> Patch:
+        asked.append((step, number))
+        generator = torch.Generator().manual_seed(10 * step + number)
+        image = torch.randn(1, 16, 16, 16, generator=generator)
+        return Patch(image, (image[0] > 1).to(torch.uint8), Origin("T1"))
+
+    patches = with_experts_logits(source, model, 2)
+    first = patches(1, 0)
+    with torch.no_grad():
+        _, (expected,), _ = model(first.image[None])
+    torch.testing.assert_close(first.experts.float(), expected[0], atol=2e-3, rtol=2e-3)
+    for turn, axes in ((1, [-3]), (2, [-2]), (5, [-3, -1]), (7, [-3, -2, -1]), (8, [])):
+        later = patches(2 * turn + 1, 0)
+        for name in ("image", "lesion", "experts"):
+            assert torch.equal(getattr(later, name), getattr(first, name).flip(axes)), (turn, name)
+    assert asked == [(1, 0)]
+
+
+def test_the_loss_of_the_gate_is_that_of_the_fused_output(config):
+    torch.manual_seed(0)
+    model = MoME(config.architecture)
+    system = Gate(model, config.loss)
+    images = torch.randn(2, 1, 16, 16, 16)
+    lesions = (images[:, 0] > 1).to(torch.uint8)
+    with torch.no_grad():
+        (fused,), (experts,), _ = model(images)
+    origins = (Origin("T1"), Origin("FLAIR"))
+    loss = system.loss(Batch(images, lesions, origins, experts=experts), 0.0)
+    expected = dice_ce(fused, lesions, smooth=config.loss.dice_smooth)
+    assert float(loss.detach()) == pytest.approx(float(expected), abs=1e-5)
+    loss.backward()
+    assert all(weight.grad is None for weight in model.experts.parameters())
+    assert model.gate.decoder.seg_layers[-1].weight.grad.abs().max() > 0
 
 
 def test_without_hierarchical_gates_coarser_levels_average_the_experts(authors, batch):

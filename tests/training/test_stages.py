@@ -156,9 +156,7 @@ def test_the_joint_stage_names_a_missing_expert(config, labelmaps, tmp_path):
 # ---- the gate
 
 
-def test_the_gate_learns_the_modality_and_leaves_the_experts_alone(
-    config, labelmaps, tmp_path, monkeypatch
-):
+def test_the_gate_learns_and_leaves_the_experts_alone(config, labelmaps, tmp_path, monkeypatch):
     stage = dataclasses.replace(config.gate, epochs=24, small_epochs=24, lr=2e-2, average=0.0)
     architecture = dataclasses.replace(config.architecture, features=(8, 16, 16))
     config = dataclasses.replace(config, gate=stage, architecture=architecture)
@@ -176,8 +174,7 @@ def test_the_gate_learns_the_modality_and_leaves_the_experts_alone(
     stages.train(config, labelmaps, tmp_path, stage="gate", experts=())
     rows = (tmp_path / "joint" / "gate.csv").read_text().split()[1:]
     losses = [float(row.split(",")[2]) for row in rows]
-    assert losses[0] == pytest.approx(0.25, abs=0.005)  # 1 / 2 everywhere, of two experts
-    assert losses[-1] < 0.2
+    assert losses[-1] < losses[0] - 0.1
     for expert, before in zip(models[0].experts, experts, strict=True):
         assert all(torch.equal(value, before[key]) for key, value in expert.state_dict().items())
 
@@ -253,8 +250,8 @@ def momentum_of(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("own_loss", ["sum", "mean"])
 def test_two_processes_have_the_gradients_of_one(run, config, labelmaps, tmp_path, own_loss):
-    """The first step has the fused loss, the second the experts' own; three patches a step."""
-    still = {"epochs": 2, "warm_up": 1, "batch": 3, "lr": 0.0, "gate_lr": 0.0, "average": 0.0}
+    """The first step has the experts' own loss, the second both; three patches a step."""
+    still = {"epochs": 2, "batch": 3, "lr": 0.0, "gate_lr": 0.0, "average": 0.0}
     joint = dataclasses.replace(
         config.joint, **still, optimizer="sgd", weight_decay=0.0, own_loss=own_loss
     )
