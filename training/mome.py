@@ -150,10 +150,12 @@ def with_experts_logits(source: PatchSource, model: MoME, distinct: int) -> Patc
     def patch(step: int, number: int) -> Patch:
         first = drawn(step % distinct, number)
         axes = [axis for axis in (-3, -2, -1) if (step // distinct) >> (axis + 3) & 1]
-        image, lesion, experts = (
-            value.flip(axes) for value in (first.image, first.lesion, first.experts)
+        assert first.experts is not None
+        return first._replace(
+            image=first.image.flip(axes),
+            lesion=first.lesion.flip(axes),
+            experts=first.experts.flip(axes),
         )
-        return first._replace(image=image, lesion=lesion, experts=experts)
 
     return patch
 

@@ -201,8 +201,10 @@ def _peak_mb(device: torch.device) -> float:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    moved = {k: v.to(device) for k, v in batch._asdict().items() if isinstance(v, Tensor)}
-    return batch._replace(**moved)
+    def moved(part: Any) -> Any:
+        return part.to(device) if isinstance(part, Tensor) else part
+
+    return Batch(*map(moved, batch))
 
 
 def _autocast(stage: StageConfig, device: torch.device) -> Any:
