@@ -244,7 +244,7 @@ def card(bundle: ModelBundle, rows: Sequence[Row]) -> str:
         f"- {sum(t.size for t in bundle.tensors.values()):,} weights, five experts "
         f"({', '.join(bundle.modalities)}) and a gate; features {bundle.architecture.features}, "
         f"window {bundle.patch}, licence {bundle.licence}.",
-        f"- Trained on {training.get('data', 'unknown data')}, seed {training.get('seed', '?')}. "
+        f"- Trained on {training.get('source', 'unknown data')}, seed {training.get('seed', '?')}. "
         "No real lesion was trained on.",
         "- Input: one MR image, registered and skull-stripped, z-scored over the whole volume.",
         "",

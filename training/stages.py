@@ -208,7 +208,7 @@ def write_record(config: TrainConfig, run: Path) -> None:
         "licence": config.licence,
         "notice": config.notice,
         "training": {
-            "data": "cases of a table"
+            "source": "cases of a table"
             if config.table
             else "synthetic lesions painted into anatomical label maps",
             "seed": config.seed,

@@ -206,6 +206,8 @@ def test_a_run_may_have_no_gate_stage(run, config, labelmaps, tmp_path):
 
 def test_the_record_says_how_the_run_was_made(run):
     record = json.loads((run / "run.json").read_text())["training"]
+    assert record["source"] == "synthetic lesions painted into anatomical label maps"
+    assert record["data"] == {"train": ["head"], "held_out": ["head"]}
     assert record["warm_start"] == {"FLAIR": ["T1", "FLAIR"]}
     assert [record[name]["epochs"] for name in ("continued", "gate", "joint")] == [2, 2, 3]
 
