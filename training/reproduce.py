@@ -44,7 +44,7 @@ from .train import fit, load_weights, save_weights
 
 TASK_STREAM, SINGLE_STREAM = 2000, 500
 EXPERT = "expert"
-EXPERTS_ALONE = "experts alone"
+EXPERTS_ALONE = "own expert alone"
 
 
 @dataclass(frozen=True)
@@ -365,6 +365,8 @@ def reproduce(
                 if not _is_done(bench, name, seed, folder)
             ]
             for job in as_completed(jobs):
+                if job.exception():  # said now, not when all the others have ended
+                    pool.shutdown(wait=False, cancel_futures=True)
                 job.result()
                 _keep_logs(bench, folder)
                 write_all(folder)
