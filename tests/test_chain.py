@@ -12,7 +12,7 @@ from labelmap import tiny_config, write_labelmap
 from mome_sdk.cli import main
 from mome_sdk.exported import ExportedModel
 from mome_sdk.nifti import read_nifti, write_nifti
-from mome_sdk.training import train as training
+from mome_sdk.training import stages
 from mome_sdk.volume import Volume
 
 
@@ -27,7 +27,7 @@ def scan(tmp_path: Path) -> Path:
 def test_a_trained_run_is_exported_and_finds_what_its_bundle_finds(tmp_path, scan, capsys):
     config = tiny_config()
     write_labelmap(tmp_path / "head.nii.gz")
-    training.train(config, tmp_path, tmp_path / "run", stage="all", experts=config.modalities)
+    stages.train(config, tmp_path, tmp_path / "run", stage="all", experts=config.modalities)
     bundle, export = str(tmp_path / "bundle"), str(tmp_path / "export")
     assert main(["import", str(tmp_path / "run"), "-o", bundle]) == 0
     assert main(["export", bundle, "--target", "onnx", "-o", export]) == 0
