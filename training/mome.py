@@ -94,7 +94,7 @@ class Expert:
         truth: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
         """The mask (D, H, W) of an image (C, D, H, W)."""
-        return segment_windows(lambda x: self.expert(x, 1)[0][0], image, window)
+        return segment_windows(self.network, lambda x: self.expert(x, 1)[0][0], image, window)
 
 
 class Gate:
@@ -130,7 +130,7 @@ class Gate:
         truth: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
         """The mask (D, H, W) of the fused output for an image (C, D, H, W)."""
-        return segment_windows(lambda x: self.model(x).fused[0], image, window)
+        return segment_windows(self.network, lambda x: self.model(x).fused[0], image, window)
 
 
 def with_experts_logits(source: PatchSource, model: MoME, distinct: int) -> PatchSource:
@@ -205,7 +205,7 @@ class Mome:
         truth: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
         """The mask (D, H, W) of the fused output for an image (C, D, H, W)."""
-        return segment_windows(lambda x: self.network(x).fused[0], image, window)
+        return segment_windows(self.network, lambda x: self.network(x).fused[0], image, window)
 
 
 def start_from_expert(model: MoME, index: int) -> None:

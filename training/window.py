@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from mome_sdk.sliding_window import SlidingWindow
 
@@ -18,7 +18,10 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass
 class CallableEngine:
-    """A function from windows (B, C, D, H, W) to logits (B, N, D, H, W), as an engine."""
+    """A function from windows (B, C, D, H, W) to logits (B, N, D, H, W), as an engine.
+
+    `device` is where the runner has its arrays; `weights` is where the function has its own.
+    """
 
     call: Call
     classes: int = 2
@@ -28,11 +31,13 @@ class CallableEngine:
     device: str = "cpu"
     precision: str = "fp32"
     batch: int | None = None
+    weights: str | torch.device = "cpu"
 
     @torch.inference_mode()
     def run(self, windows: Any, logits: Any, shares: Any = None, stream: Any = None) -> None:
         """Fill logits (B, N, D, H, W)."""
-        images = torch.from_numpy(windows).contiguous(memory_format=torch.channels_last_3d)
+        images = torch.from_numpy(windows).to(self.weights)
+        images = images.contiguous(memory_format=torch.channels_last_3d)
         torch.from_numpy(logits).copy_(self.call(images))
 
     def close(self) -> None:
@@ -40,7 +45,11 @@ class CallableEngine:
 
 
 def segment_windows(
-    call: Call, image: NDArray[np.float32], window: SlidingWindow
+    network: nn.Module, call: Call, image: NDArray[np.float32], window: SlidingWindow
 ) -> NDArray[np.uint8]:
-    """The class (D, H, W) of the largest blended logit of an image (C, D, H, W)."""
-    return window.labels(CallableEngine(call, channels=len(image)), image)
+    """The class (D, H, W) of the largest blended logit of an image (C, D, H, W).
+
+    Windows go to where the network is: in training that may be a GPU.
+    """
+    weights = next(network.parameters()).device
+    return window.labels(CallableEngine(call, channels=len(image), weights=weights), image)

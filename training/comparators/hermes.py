@@ -267,7 +267,7 @@ class Hermes:
             lesion = self.network(x, *self._told([origin] * len(x))).masks
             return torch.cat((torch.zeros_like(lesion), lesion), dim=1)
 
-        return segment_windows(logits, image, window)
+        return segment_windows(self.network, logits, image, window)
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:

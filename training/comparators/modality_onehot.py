@@ -76,4 +76,4 @@ class ModalityOneHot:
         def logits(x: Tensor) -> Tensor:
             return self.network.told(x, self._onehot([origin] * len(x)), 1)[0]
 
-        return segment_windows(logits, image, window)
+        return segment_windows(self.network, logits, image, window)

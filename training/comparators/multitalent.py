@@ -87,7 +87,7 @@ class MultiTalent:
             lesion = self.network(x, 1)[0][0][:, head : head + 1]
             return torch.cat((torch.zeros_like(lesion), lesion), dim=1)
 
-        return segment_windows(logits, image, window)
+        return segment_windows(self.network, logits, image, window)
 
 
 def masked_loss(logits: Tensor, target: Tensor, heads: Sequence[int]) -> Tensor:

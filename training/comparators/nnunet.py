@@ -53,4 +53,4 @@ class NnUNet:
         truth: NDArray[np.uint8] | None = None,
     ) -> NDArray[np.uint8]:
         """The mask (D, H, W) of an image (C, D, H, W)."""
-        return segment_windows(lambda x: self.network(x, 1)[0][0], image, window)
+        return segment_windows(self.network, lambda x: self.network(x, 1)[0][0], image, window)

@@ -396,8 +396,9 @@ class SamMed3D:
     ) -> Iterator[NDArray[np.uint8]]:
         """The mask (D, H, W) after each of ten clicks; where it is perfect, nothing is clicked."""
         size = self.config.size
-        boxed = _boxed(torch.from_numpy(image.copy())[None], size)
-        known = _boxed(torch.from_numpy(truth.copy())[None], size)
+        device = next(self.network.parameters()).device
+        boxed = _boxed(torch.from_numpy(image.copy())[None], size).to(device)
+        known = _boxed(torch.from_numpy(truth.copy())[None], size).to(device)
         embedding = self.network.encoder(boxed)
         rng = np.random.default_rng(seed)
         found, last = torch.zeros_like(known), None
@@ -407,7 +408,7 @@ class SamMed3D:
             if int(clicks.labels[0]) != NOT_A_POINT:
                 logits, last = self.network.click(embedding, clicks.voxels, clicks.labels, last)
                 found = (logits[:, 0] > 0).to(known.dtype)
-            masks.append(_boxed(found, truth.shape)[0].numpy().astype(np.uint8))
+            masks.append(_boxed(found, truth.shape)[0].cpu().numpy().astype(np.uint8))
         return iter(masks)
 
 
