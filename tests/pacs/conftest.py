@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -10,7 +11,8 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item,  # noqa: ARG001
+    nextitem: pytest.Item | None,
+) -> Generator[None, bool, bool]:
+    """Those sockets are collected after the last test here: none elsewhere is blamed for them."""
+    done = yield
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "unclosed <s", ResourceWarning)
+            gc.collect()
+    return done
 
 
 @pytest.fixture(scope="module")
