@@ -46,9 +46,10 @@ PACKAGE_DIR = {
     "mome_sdk.training": "training",
     "mome_sdk.benchmarks": "benchmarks",
 }
+INNER = ("dicom", "engines", "pacs", "preprocess", "training.comparators")
 
 setup(
-    packages=[*PACKAGE_DIR, "mome_sdk.dicom", "mome_sdk.engines", "mome_sdk.preprocess"],
+    packages=[*PACKAGE_DIR, *(f"mome_sdk.{name}" for name in INNER)],
     package_dir=PACKAGE_DIR,
     ext_modules=[Extension("mome_sdk._core", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

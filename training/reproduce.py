@@ -296,7 +296,8 @@ def assess_trained(trained: Trained, bench: Bench, folder: Path) -> None:
     if trained.name in ("MoME", "nnU-Net") and trained.seed == bench.config.seeds[0]:
         network = trained.systems[""].network
         write_features(network, trained.name, trained.seed, tests, folder)
-    _keep_weights(trained, folder)
+    if trained.seed == bench.config.seeds[0]:
+        _keep_weights(trained, folder)
     _record(trained, folder)  # last: then it is done
 
 
@@ -328,7 +329,7 @@ def _record(trained: Trained, folder: Path) -> None:
 
 
 def _keep_weights(trained: Trained, folder: Path) -> None:
-    """weights/: in half precision, which is what is committed; results are those of float32."""
+    """weights/: of the first seed, in half precision; the results are those of float32."""
     if trained.name == EXPERTS_ALONE:  # they are there
         return
     for key, system in trained.systems.items():
@@ -350,7 +351,8 @@ def reproduce(
         config: Of all systems.
         labelmaps: Folder of the label maps.
         work: Folder of the benchmark, its cache and the networks.
-        folder: Of the results: results.csv, systems.csv, tables/, figures/, logs/, weights/.
+        folder: Of the results: results.csv, systems.csv, tables/, figures/, logs/, weights/ (of
+            the first seed; the other seeds' can be trained again).
         processes: That train side by side; nothing but the times depends on them.
     """
     make_folders(folder)
@@ -384,10 +386,10 @@ def _train_and_assess(bench: Bench, name: str, seed: int, folder: Path) -> None:
     trained = train_system(bench, name, seed)
     if trained is not None:
         assess_trained(trained, bench, folder)
-        return
-    make_folders(folder / "weights")
-    file = _expert(bench, name, seed).with_suffix(".safetensors")
-    write_file(folder / "weights" / f"{slug(name)}-{seed}.safetensors", file.read_bytes())
+    elif seed == bench.config.seeds[0]:
+        make_folders(folder / "weights")
+        file = _expert(bench, name, seed).with_suffix(".safetensors")
+        write_file(folder / "weights" / f"{slug(name)}-{seed}.safetensors", file.read_bytes())
 
 
 def _expert(bench: Bench, name: str, seed: int) -> Path:
