@@ -42,10 +42,11 @@ Float = NDArray[np.float32]
 
 
 class Found(NamedTuple):
-    """mask (D, H, W); shares (E, D, H, W) of the experts, of a MoME."""
+    """mask (D, H, W); of a MoME, shares (E, D, H, W) of the experts; the mask after each click."""
 
     mask: Byte
     shares: Float | None = None
+    clicks: tuple[Byte, ...] = ()
 
 
 Segment = Callable[[Case, Origin], Found]
@@ -92,9 +93,8 @@ def assess(
         group = "seen" if seen(scan) else "unseen"
         if found.shares is not None:
             _write_shares(folder, name, seed, scan, case, found.shares)
-        system = systems[key]
-        if isinstance(system, SamMed3D):
-            _write_clicks(folder, name, seed, scan, case, system)
+        if found.clicks:
+            _write_clicks(folder, name, seed, scan, case, found.clicks)
         row = score(
             (name, seed),
             scan,
@@ -119,6 +119,15 @@ def _segment(system: System, window: SlidingWindow, scratch: Path) -> Segment:
     if isinstance(system, NnUNet):
         engine = _engine(system.network, system.arch, window.patch, scratch)
         return lambda case, _: Found(window.labels(engine, case.image[np.newaxis]))
+
+    if isinstance(system, SamMed3D):
+
+        def clicked(case: Case, _: Origin) -> Found:
+            image = np.ascontiguousarray(case.image[np.newaxis])
+            masks = tuple(system.click_masks(image, case.lesion))
+            return Found(masks[-1], clicks=masks)
+
+        return clicked
 
     def plain(case: Case, origin: Origin) -> Found:
         image = np.ascontiguousarray(case.image[np.newaxis])
@@ -202,12 +211,11 @@ def _write_map(folder: Path, name: str, seed: int, scan: Scan, case: Case, share
 
 
 def _write_clicks(
-    folder: Path, name: str, seed: int, scan: Scan, case: Case, system: SamMed3D
+    folder: Path, name: str, seed: int, scan: Scan, case: Case, masks: Sequence[Byte]
 ) -> None:
     """clicks.csv: the Dice after each click."""
     path = folder / "clicks.csv"
     new = not path.exists()
-    masks = system.click_masks(np.ascontiguousarray(case.image[np.newaxis]), case.lesion)
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
