@@ -131,7 +131,7 @@ def _segment(system: System, window: SlidingWindow, scratch: Path) -> Segment:
 
     def plain(case: Case, origin: Origin) -> Found:
         image = np.ascontiguousarray(case.image[np.newaxis])
-        return Found(system.segment(image, origin, window, case.lesion))
+        return Found(system.segment(image, origin, window))
 
     return plain
 
