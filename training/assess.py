@@ -172,7 +172,7 @@ def _write_shares(
 ) -> None:
     """shares.csv: each expert's part in the fused logits, averaged over the head, summing to 1.
 
-    maps/: of the first subject with the most modalities, the same voxel by voxel on one slice.
+    maps/: of the first subject and the first seed, the same voxel by voxel on one slice.
     """
     head = case.image > case.image.min() + 0.1
     means = shares[:, head].mean(axis=1)
@@ -193,6 +193,8 @@ def _write_shares(
 
 def _write_map(folder: Path, name: str, seed: int, scan: Scan, case: Case, shares: Float) -> None:
     path = folder / "maps" / f"{slug(name)}-{seed}.npz"
+    if any(other != path for other in path.parent.glob(f"{slug(name)}-[0-9]*.npz")):
+        return  # another seed's are there
     kept = dict(np.load(path)) if path.exists() else {}
     subject = str(kept.get("subject", f"{scan.dataset} {scan.subject}"))
     if subject != f"{scan.dataset} {scan.subject}":
