@@ -172,7 +172,7 @@ def _write_shares(
 ) -> None:
     """shares.csv: each expert's part in the fused logits, averaged over the head, summing to 1.
 
-    maps/: of the first subject and the first seed, the same voxel by voxel on one slice.
+    maps/: of the first subject, in one seed of a system, the same voxel by voxel on one slice.
     """
     head = case.image > case.image.min() + 0.1
     means = shares[:, head].mean(axis=1)
