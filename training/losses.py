@@ -34,9 +34,12 @@ def dice_ce(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
 
 
 def level_weights(levels: int, *, drop_coarsest: bool) -> list[float]:
-    """Weights 1, 1/2, 1/4, ... divided by their sum; the published code drops the coarsest."""
+    """Weights 1, 1/2, 1/4, ... divided by their sum.
+
+    The published code drops the coarsest level; one that is the only level stays.
+    """
     raw = [0.5**level for level in range(levels)]
-    if drop_coarsest:
+    if drop_coarsest and levels > 1:
         raw[-1] = 0.0
     return [weight / sum(raw) for weight in raw]
 

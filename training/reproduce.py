@@ -375,10 +375,14 @@ def reproduce(
 
 
 def _is_done(bench: Bench, name: str, seed: int, folder: Path) -> bool:
-    if name.startswith(EXPERT):
-        return not _is_missing(_expert(bench, name, seed))
+    """Whether a system is evaluated, or an expert trained or needed no more."""
     rows = read_rows(folder / "systems.csv", SystemRecord)
-    return any((row.system, row.seed) == (name, seed) for row in rows)
+    evaluated = {row.system for row in rows if row.seed == seed}
+    if not name.startswith(EXPERT):
+        return name in evaluated
+    planned = {system for wave in waves(bench.config) for system, of in wave if of == seed}
+    made_of_experts = planned & {*ABLATIONS, EXPERTS_ALONE}
+    return made_of_experts <= evaluated or not _is_missing(_expert(bench, name, seed))
 
 
 def _train_and_assess(bench: Bench, name: str, seed: int, folder: Path) -> None:

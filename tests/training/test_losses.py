@@ -66,6 +66,7 @@ def test_weights_halve_and_the_coarsest_level_counts_nothing(case):
     published = [0.5333, 0.2667, 0.1333, 0.0667, 0.0]
     assert level_weights(5, drop_coarsest=True) == pytest.approx(published, abs=1e-4)
     assert sum(level_weights(4, drop_coarsest=False)) == pytest.approx(1)
+    assert level_weights(1, drop_coarsest=True) == [1]
 
 
 def test_both_terms_and_their_blend_are_the_authors(case, output, target):

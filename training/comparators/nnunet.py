@@ -19,8 +19,7 @@ from ..window import segment_windows
 
 def head_weights(arch: Architecture) -> list[float]:
     """1, 1/2, ... and 0 for the coarsest head, divided by their sum; a single head counts."""
-    heads = arch.stages - 1
-    return level_weights(heads, drop_coarsest=heads > 1)
+    return level_weights(arch.stages - 1, drop_coarsest=True)
 
 
 class NnUNet:
