@@ -182,12 +182,10 @@ def _write_shares(
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(
-                ["system", "seed", "case", "modality", "lesion_type", "expert", "share"]
-            )
-        for expert, share in enumerate(means):
-            said = [name, seed, scan.name, scan.modality, scan.lesion_type, expert]
-            writer.writerow([*said, f"{share:.5f}"])
+            experts = [f"expert {modality}" for modality in MODALITIES]
+            writer.writerow(["system", "seed", "case", "modality", "lesion_type", *experts])
+        said = [name, seed, scan.name, scan.modality, scan.lesion_type]
+        writer.writerow([*said, *(f"{share:.5f}" for share in means)])
     _write_map(folder, name, seed, scan, case, shares)
 
 

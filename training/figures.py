@@ -181,17 +181,16 @@ def _share_matrices(path: Path) -> dict[str, NDArray[np.float64]]:
     """System -> (modality of the image, expert), rows summing to 1; over all seeds and cases."""
     if not path.exists():
         return {}
-    sums: dict[str, NDArray[np.float64]] = {}
-    counts: dict[str, NDArray[np.float64]] = {}
+    rows: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
-            size = (len(MODALITIES), len(MODALITIES))
-            total = sums.setdefault(line["system"], np.zeros(size))
-            count = counts.setdefault(line["system"], np.zeros(size))
-            place = MODALITIES.index(line["modality"]), int(line["expert"])
-            total[place] += float(line["share"])
-            count[place] += 1
-    return {name: total / np.maximum(counts[name], 1) for name, total in sums.items()}
+            shares = [float(line[f"expert {expert}"]) for expert in MODALITIES]
+            rows[line["system"]][line["modality"]].append(shares)
+    nothing = [[0.0] * len(MODALITIES)]
+    return {
+        system: np.array([np.mean(by.get(image, nothing), axis=0) for image in MODALITIES])
+        for system, by in rows.items()
+    }
 
 
 def _entropy(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

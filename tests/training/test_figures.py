@@ -67,15 +67,13 @@ def test_embedding_says_how_far_groups_are_apart(tmp_path):
 def test_degeneration_shows_which_expert_speaks(tmp_path):
     with (tmp_path / "shares.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["system", "seed", "case", "modality", "lesion_type", "expert", "share"])
+        experts = [f"expert {modality}" for modality in MODALITIES]
+        writer.writerow(["system", "seed", "case", "modality", "lesion_type", *experts])
         for index, modality in enumerate(MODALITIES):
-            for expert in range(5):
-                own = 0.6 if expert == index else 0.1
-                writer.writerow(["MoME", 1, modality, modality, "x", expert, own])
-                first = 1.0 if expert == 0 else 0.0
-                writer.writerow(
-                    ["MoME without curriculum", 1, modality, modality, "x", expert, first]
-                )
+            case = [1, modality, modality, "x"]
+            own = [0.6 if expert == index else 0.1 for expert in range(5)]
+            writer.writerow(["MoME", *case, *own])
+            writer.writerow(["MoME without curriculum", *case, 1, 0, 0, 0, 0])
     degeneration(tmp_path)
     rows = numbers(tmp_path / "figures" / "figure-s1.csv")
     assert [row["system"] for row in rows] == ["MoME without curriculum"] * 5 + ["MoME"] * 5

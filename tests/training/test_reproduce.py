@@ -132,8 +132,7 @@ def test_everything_is_trained_evaluated_and_tabulated_once(tmp_path):
     clicks = table(results / "clicks.csv")
     assert len(clicks) == 10 * images
     shares = table(results / "shares.csv")
-    assert len(shares) == 4 * 5 * images
-    assert sum(float(row["share"]) for row in shares[:5]) == pytest.approx(1, abs=1e-3)
+    assert len(shares) == 4 * images
     weights = list((results / "weights").glob("*.safetensors"))
     assert len(weights) == 5 + 5 + 4 + 20
     assert len(list((results / "logs").glob("*.csv"))) == 5 + 5 + 4 + 20
