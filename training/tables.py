@@ -344,9 +344,7 @@ def finding(evidence: Evidence) -> str:
     for name in (*evidence.names(ablations=False)[:-1], *evidence.names(ablations=True)[:-1]):
         for group, whole in own.items():
             other = cases_of(evidence.results, name, group)
-            ablation = name.startswith(ABLATION_PREFIX)
-            common = {*other.names} & {*whole.names}
-            if not common or (ablation and group == "unseen"):
+            if not {*other.names} & {*whole.names}:
                 continue
             said = "; ".join(_verdict(level, whole, other) for level in LEVELS)
             lines.append(f"- MoME minus {name}, {group} data sets: {said}.")
