@@ -67,21 +67,24 @@ sends = true
 """
 
 
+def is_here(item: pytest.Item | None) -> bool:
+    """pytest calls the hooks of this file for the tests of other folders, too."""
+    return item is not None and Path(__file__).parent in item.path.parents
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """pynetdicom leaves the socket of a connection that was refused to the garbage collector."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning"))
+    for item in filter(is_here, items):
+        item.add_marker(pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(
-    item: pytest.Item,  # noqa: ARG001
-    nextitem: pytest.Item | None,
+    item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, bool, bool]:
     """Those sockets are collected after the last test here: none elsewhere is blamed for them."""
     done = yield
-    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+    if is_here(item) and not is_here(nextitem):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "unclosed <s", ResourceWarning)
             gc.collect()
